@@ -1,0 +1,2 @@
+//! Benchmarks, each with its peer or limit in the same run.
+fn main() {}

@@ -1,0 +1,1 @@
+//! HTTP: routes, authentication, DTOs, errors to status, OpenAPI, metrics.

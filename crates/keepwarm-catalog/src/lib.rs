@@ -1,0 +1,1 @@
+//! Manifests, transcripts and tombstones on disk, group-committed.

@@ -1,0 +1,1 @@
+//! cluster.toml: text to a validated Config, with errors that name file, line and key.

@@ -1,0 +1,1 @@
+//! The brain: every decision, as event in and commands out, without IO.

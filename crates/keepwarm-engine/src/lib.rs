@@ -1,0 +1,1 @@
+//! Executors, batchers and the built-in Llama engine.

@@ -1,0 +1,1 @@
+//! Arenas, block guards, devices, checksums: the only unsafe code.

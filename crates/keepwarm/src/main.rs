@@ -1,0 +1,2 @@
+//! The keepwarm binary: command line, wiring, signals, exit codes.
+fn main() {}
