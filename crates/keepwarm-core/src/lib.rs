@@ -1,1 +1,14 @@
-//! The brain: every decision, as event in and commands out, without IO.
+//! The brain: every decision of keepwarm, as event in and commands out, without IO.
+//!
+//! - [`session`]: what a session is: layout, manifest, transcript, lease.
+//! - [`shard`]: the sessions of one shard: every verb, staged and committed writes, expiry, eviction.
+//! - [`residency`]: one tier's memory: LRU, watermarks, protection, shares; for gpu and pinned alike.
+//! - [`placement`]: which shard a new session is minted into and which GPU it runs on.
+//!
+//! Architecture invariant: nothing here awaits, spawns, reads a clock or rolls dice. Time and
+//! randomness arrive inside events; effects leave as commands; the same events give the same commands.
+
+pub mod placement;
+pub mod residency;
+pub mod session;
+pub mod shard;

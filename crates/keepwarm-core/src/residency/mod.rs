@@ -1,0 +1,1 @@
+//! One tier's memory: LRU, watermarks, protection, shares; for gpu and pinned alike.

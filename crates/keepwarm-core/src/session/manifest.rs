@@ -1,0 +1,222 @@
+//! The session's truth: length, revision, the block instances of each part, holders, parent.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use keepwarm_types::{
+    Birth, BlockChecksum, Bytes, ColdReason, Generation, GpuIndex, InstanceId, Millis, NodeName,
+    PlacementSeq, Revision, SessionId, SessionKey, Timestamp, Tokens, WriteId,
+};
+
+use super::layout::Layout;
+
+/// How many of its last write ids a session remembers.
+pub const WRITE_IDS_KEPT: usize = 4;
+/// Protection of bytes after the last use, when the client does not say.
+pub const PROTECT_DEFAULT: Millis = Millis::from_secs(900);
+/// Most labels of a session.
+pub const LABELS_MAX: usize = 16;
+/// Longest label name or value, in bytes.
+pub const LABEL_BYTES_MAX: usize = 128;
+
+/// Free-form names and values by which sessions are listed.
+pub type Labels = BTreeMap<Box<str>, Box<str>>;
+
+/// A block instance as a manifest names it. 32 bytes, within the budget of 40 a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRef {
+    /// Which instance.
+    pub instance: InstanceId,
+    /// Checksum over its `length` bytes.
+    pub checksum: BlockChecksum,
+    /// Valid bytes; a full block has the part's block size.
+    pub length: u32,
+}
+
+const _: () = assert!(size_of::<BlockRef>() <= 40);
+
+/// The committed bytes of one part.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PartState {
+    /// The instances in order. Empty while cold.
+    pub blocks: Vec<BlockRef>,
+    /// Blocks below this index are outside a `window` part's window and gone; `blocks[0]` is block number `first_block`.
+    pub first_block: u32,
+    /// Bytes of the part from its very beginning, those below `first_block` included. Kept while cold.
+    pub length: Bytes,
+    /// XXH3-128 over all the part's bytes, where a whole write made it known.
+    pub digest: Option<BlockChecksum>,
+}
+
+/// How long a session's bytes are safe from eviction after the last use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protect {
+    /// This long.
+    For(Millis),
+    /// Always, under the tenant's quota.
+    Forever,
+}
+
+impl Protect {
+    /// Until when, counted from the last use.
+    #[must_use]
+    pub fn until(self, last_used: Timestamp) -> Timestamp {
+        match self {
+            Self::For(duration) => last_used + duration,
+            Self::Forever => Timestamp::NEVER,
+        }
+    }
+}
+
+/// Whether the session's bytes exist in some tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// They do.
+    Warm,
+    /// Only manifest and transcript do.
+    Cold(ColdReason),
+}
+
+/// Where a session runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Home {
+    /// The node.
+    pub node: NodeName,
+    /// The GPU there.
+    pub gpu: GpuIndex,
+}
+
+/// What a session was forked from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parent {
+    /// The parent's id, in the same tenant.
+    pub id: SessionId,
+    /// Which life of it.
+    pub birth: Birth,
+    /// The revision that was forked.
+    pub revision: Revision,
+    /// How many of its tokens the child began with.
+    pub length: Tokens,
+}
+
+/// A write that the session remembers, with the revision it made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteMemo {
+    /// The client's id for it.
+    pub id: WriteId,
+    /// A digest over what was asked, so that an id sent with other content is a conflict.
+    pub asked: u64,
+    /// The revision that the write made.
+    pub revision: Revision,
+    /// The session's length after it.
+    pub length_tokens: Tokens,
+    /// The written part's length after it, or zero for a commit of several.
+    pub length: Bytes,
+}
+
+/// The session's truth, as every replica keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    /// Tenant and id.
+    pub key: SessionKey,
+    /// Which life of the id.
+    pub birth: Birth,
+    /// What its bytes are; shared by all sessions of the layout.
+    pub layout: Arc<Layout>,
+    /// How long bytes are safe after the last use.
+    pub protect: Protect,
+    /// How long the session lives after the last use; forever where absent.
+    pub ttl: Option<Millis>,
+    /// Names and values for listing.
+    pub labels: Labels,
+    /// The shard's generation at the last write.
+    pub generation: Generation,
+    /// +1 for each committed write.
+    pub revision: Revision,
+    /// +1 for each committed change of holders.
+    pub placement_seq: PlacementSeq,
+    /// Complete length of all parts.
+    pub length_tokens: Tokens,
+    /// One per part of the layout, in its order.
+    pub parts: Box<[PartState]>,
+    /// Tokens in the transcript; can be ahead of `length_tokens` while a checkpoint is under way.
+    pub transcript_tokens: Tokens,
+    /// Messages in the transcript.
+    pub transcript_messages: u32,
+    /// The revision that last changed the transcript.
+    pub transcript_revision: Revision,
+    /// What it was forked from.
+    pub parent: Option<Parent>,
+    /// Forks that a leaving history made, oldest first.
+    pub branches: Vec<SessionId>,
+    /// Warm, or cold and why.
+    pub state: State,
+    /// Nodes that have all bytes of this revision, verified.
+    pub holders: Vec<NodeName>,
+    /// The last writes that carried an id, oldest first.
+    pub writes: Vec<WriteMemo>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it was last read, written or run.
+    pub last_used_at: Timestamp,
+}
+
+impl Manifest {
+    /// The entity tag: birth and revision.
+    #[must_use]
+    pub const fn etag(&self) -> Etag {
+        Etag { birth: self.birth, revision: self.revision }
+    }
+
+    /// Bytes that the manifest names now, over all parts.
+    #[must_use]
+    pub fn stored_bytes(&self) -> Bytes {
+        Bytes(self.instances().map(|block| u64::from(block.length)).sum())
+    }
+
+    /// Every block instance that the manifest names.
+    pub fn instances(&self) -> impl Iterator<Item = &BlockRef> {
+        self.parts.iter().flat_map(|part| part.blocks.iter())
+    }
+
+    /// When the session expires.
+    #[must_use]
+    pub fn expires_at(&self) -> Timestamp {
+        self.ttl.map_or(Timestamp::NEVER, |ttl| self.last_used_at + ttl)
+    }
+}
+
+/// Birth and revision: `k7f2q9zzzz-7`, in quotes on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Etag {
+    /// Which life.
+    pub birth: Birth,
+    /// Which revision of it.
+    pub revision: Revision,
+}
+
+impl fmt::Display for Etag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.birth, self.revision)
+    }
+}
+
+/// The text is not an entity tag.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not an entity tag of the form BIRTH-REVISION")]
+pub struct ParseEtagError(String);
+
+impl FromStr for Etag {
+    type Err = ParseEtagError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = || ParseEtagError(text.to_owned());
+        let (birth, revision) = text.split_once('-').ok_or_else(error)?;
+        Ok(Self {
+            birth: birth.parse().map_err(|_| error())?,
+            revision: Revision(revision.parse().map_err(|_| error())?),
+        })
+    }
+}

@@ -1,0 +1,93 @@
+//! What a shard wants done.
+
+use keepwarm_types::{Birth, Bytes, InstanceId, Revision, SessionKey, Timestamp, Tokens};
+
+use super::event::RequestId;
+use super::refusal::Refusal;
+use super::view::Answer;
+use crate::session::{Manifest, TranscriptDelta};
+
+/// Names a set of records on their way to the catalog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// One effect, to be carried out in the order given.
+#[derive(Debug)]
+pub enum Command {
+    /// Write these records in one transaction, then report [`super::Event::Persisted`].
+    Persist(Ticket, Vec<Record>),
+    /// The guards that came with this request's write belong to the shard now: the pinned tier keeps them,
+    /// with one reference each.
+    Adopt(RequestId, Vec<InstanceId>),
+    /// One more manifest names these instances.
+    Retain(Vec<InstanceId>),
+    /// One manifest or stage less names these instances.
+    Release(Vec<InstanceId>),
+    /// What the pinned tier's residency should know of a session.
+    Reside(Residence),
+    /// A session's life is over, or its bytes changed other than by its lease holder: caches drop what they have.
+    Invalidate(SessionKey, Birth),
+    /// Answer a request.
+    Reply(RequestId, Result<Box<Answer>, Refusal>),
+}
+
+/// A session as the pinned tier sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Residence {
+    /// Whose.
+    pub key: SessionKey,
+    /// Which life.
+    pub birth: Birth,
+    /// Bytes that its manifest and stages name; zero when it holds none.
+    pub bytes: Bytes,
+    /// Never dropped to make room before this.
+    pub protected_until: Timestamp,
+    /// When it expires.
+    pub expires_at: Timestamp,
+    /// Whether a lease runs.
+    pub leased: bool,
+    /// When it was last used.
+    pub last_used_at: Timestamp,
+}
+
+/// One change of the catalog.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Record {
+    /// This manifest is the session's truth, with this change of its transcript.
+    Manifest(Box<Manifest>, TranscriptChange),
+    /// The session is gone; remembered for a day.
+    Tombstone {
+        /// Which.
+        key: SessionKey,
+        /// The life that ended.
+        birth: Birth,
+        /// Its last revision.
+        revision: Revision,
+        /// When.
+        at: Timestamp,
+        /// Whether it expired, rather than being deleted.
+        expired: bool,
+    },
+    /// The tombstone's day is over.
+    Forget(SessionKey),
+}
+
+/// What happens to the transcript along with a manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TranscriptChange {
+    /// Nothing.
+    Keep,
+    /// A prefix stays, new tokens and messages follow.
+    Delta(TranscriptDelta),
+    /// It begins as a prefix of another session's.
+    CopyFrom {
+        /// Whose.
+        parent: SessionKey,
+        /// That session's life.
+        birth: Birth,
+        /// So many tokens.
+        tokens: Tokens,
+        /// So many messages.
+        messages: u32,
+    },
+}
