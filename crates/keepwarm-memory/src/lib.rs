@@ -1,1 +1,26 @@
-//! Arenas, block guards, devices, checksums: the only unsafe code.
+//! Arenas, block guards, devices and checksums: the only crate with `unsafe`.
+//!
+//! - [`Arena`]: memory reserved once, carved into extents of one block size each; gives out [`BlockMut`].
+//! - [`BlockMut`] → [`Block`]: unique and mutable, then shared and immutable; given back on drop. A byte of
+//!   state is reachable only through a guard that carries its tenant and birth.
+//! - [`Device`]: what a GPU must do; [`HostDevice`] does it over host memory, with streams that are really
+//!   asynchronous and faults that tests inject.
+//! - [`block_checksum`]: the checksum that is verified wherever bytes cross a boundary.
+//!
+//! A panic in this crate is a bug in the book-keeping of memory; the process should not outlive it.
+
+mod arena;
+mod checksum;
+mod device;
+mod fault;
+mod guard;
+mod region;
+
+pub use arena::{Arena, ArenaFigures, ArenaSettings, OutOfMemory, EXTENT_BYTES, BLOCK_ALIGN};
+pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
+pub use device::{
+    Device, DeviceError, DeviceState, Direction, HostDevice, Job, PlaneShape, STREAM_QUEUE_MAX, Transfer, TransferError, gather, scatter,
+};
+pub use fault::{FaultPlan, flip_bit};
+pub use guard::{Block, BlockMut, BlockView, GuardError};
+pub use region::{LockReport, ReserveError};

@@ -148,13 +148,13 @@ pub struct Manifest {
     /// The revision that last changed the transcript.
     pub transcript_revision: Revision,
     /// What it was forked from.
-    pub parent: Option<Parent>,
+    pub parent: Option<Box<Parent>>,
     /// Forks that a leaving history made, oldest first.
     pub branches: Vec<SessionId>,
     /// Warm, or cold and why.
     pub state: State,
     /// Nodes that have all bytes of this revision, verified.
-    pub holders: Vec<NodeName>,
+    pub holders: Arc<[NodeName]>,
     /// The last writes that carried an id, oldest first.
     pub writes: Vec<WriteMemo>,
     /// When it was created.
@@ -181,10 +181,17 @@ impl Manifest {
         self.parts.iter().flat_map(|part| part.blocks.iter())
     }
 
-    /// When the session expires.
+    /// Tokens of the part at `index`, where it counts tokens.
     #[must_use]
-    pub fn expires_at(&self) -> Timestamp {
-        self.ttl.map_or(Timestamp::NEVER, |ttl| self.last_used_at + ttl)
+    pub fn part_tokens(&self, index: usize) -> Option<Tokens> {
+        let planes = self.layout.parts()[index].form.planes()?;
+        Some(Tokens(self.parts[index].length.0 / planes.token_bytes()))
+    }
+
+    /// When the session expires if last used then.
+    #[must_use]
+    pub fn expires_at(&self, last_used: Timestamp) -> Timestamp {
+        self.ttl.map_or(Timestamp::NEVER, |ttl| last_used + ttl)
     }
 }
 

@@ -1,5 +1,7 @@
 //! What a shard wants done.
 
+use std::sync::Arc;
+
 use keepwarm_types::{Birth, Bytes, InstanceId, Revision, SessionKey, Timestamp, Tokens};
 
 use super::event::RequestId;
@@ -54,7 +56,7 @@ pub struct Residence {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Record {
     /// This manifest is the session's truth, with this change of its transcript.
-    Manifest(Box<Manifest>, TranscriptChange),
+    Manifest(Arc<Manifest>, TranscriptChange),
     /// The session is gone; remembered for a day.
     Tombstone {
         /// Which.
@@ -79,6 +81,8 @@ pub enum TranscriptChange {
     Keep,
     /// A prefix stays, new tokens and messages follow.
     Delta(TranscriptDelta),
+    /// It is cut to so many tokens; messages that end beyond them go.
+    CutTokens(Tokens),
     /// It begins as a prefix of another session's.
     CopyFrom {
         /// Whose.

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, ColdReason, LeaseId, Millis, SessionId, SessionKey, Tokens, TxnId, WriteId,
+    Birth, BlockChecksum, Bytes, ColdReason, InstanceId, LeaseId, Millis, SessionId, SessionKey, Tokens,
+    TxnId, WriteId,
 };
 
-use super::command::Ticket;
+use super::command::{Record, Ticket};
 use crate::session::{BlockRef, Etag, Home, Labels, Layout, Protect, TranscriptDelta};
 
 /// Names a request among those in flight at one shard; minted by the shell.
@@ -20,8 +21,8 @@ pub enum Event {
     Request(Request),
     /// The catalog has the records of this ticket, safely.
     Persisted(Ticket),
-    /// The catalog could not take the records of this ticket.
-    PersistFailed(Ticket, PersistError),
+    /// The catalog could not take the records of this ticket, which come back.
+    PersistFailed(Ticket, PersistError, Vec<Record>),
     /// Time passed: expire staged bytes, leases, sessions and tombstones.
     Tick,
 }
@@ -89,6 +90,10 @@ pub struct PlanWrite {
 pub struct Write {
     /// Name of the part.
     pub part: String,
+    /// The life that the plan met.
+    pub birth: Birth,
+    /// The instance whose bytes begin the first new block, where the plan named one.
+    pub tail: Option<InstanceId>,
     /// Where the body began.
     pub mode: WriteMode,
     /// What it demands.

@@ -6,7 +6,7 @@ use keepwarm_types::{
     Birth, Bytes, Epoch, Generation, LeaseId, Millis, Revision, SessionId, Timestamp, Tokens, TxnId,
 };
 
-use crate::session::{BlockRef, Etag, Home, Lease, Manifest};
+use crate::session::{BlockRef, Etag, Home, Lease, Manifest, Planes};
 
 /// A successful answer.
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub enum Answer {
         view: Box<SessionView>,
         /// Whether it was made just now.
         new: bool,
+        /// Whether it is shorter than asked (a fork or a cut that fell inside a block).
+        clipped: bool,
     },
     /// A page of sessions, by id.
     Page(Vec<SessionView>),
@@ -45,6 +47,8 @@ pub struct SessionView {
     pub home: Option<Home>,
     /// The lease in force.
     pub lease: Option<LeaseView>,
+    /// When it was last read, written or run.
+    pub last_used_at: Timestamp,
 }
 
 /// A lease without what would let its reader use it.
@@ -73,6 +77,8 @@ pub struct WritePlan {
     pub block_bytes: u64,
     /// Bytes of the part before the first new block.
     pub base: Bytes,
+    /// Planes of a plane-ordered part: a tail that is part full must be merged with the body plane by plane.
+    pub planes: Option<Planes>,
     /// The body must have a whole multiple of this many bytes: one token's, or 1.
     pub unit: u64,
     /// The body must have exactly this many bytes (a snapshot).

@@ -1,0 +1,245 @@
+//! A change's way: prepared, persisted, committed; or undone, or in doubt.
+
+use std::sync::Arc;
+
+use keepwarm_types::{Bytes, Millis, SessionKey, Timestamp};
+
+use super::command::{Command, Record, Ticket, TranscriptChange};
+use super::entry::{After, Pending};
+use super::event::{PersistError, RequestId};
+use super::refusal::Refusal;
+use super::state::{Shard, Timer, session};
+use super::view::{Answer, Deleted, Written};
+use crate::session::{Form, Manifest, State};
+
+/// How long after an unclear outcome the records are tried again.
+const RETRY: Millis = Millis(500);
+
+/// A change that the rules allow, before it is given to the catalog.
+pub(super) struct Change {
+    pub(super) request: Option<RequestId>,
+    pub(super) next: Arc<Manifest>,
+    pub(super) transcript: TranscriptChange,
+    pub(super) released: Vec<keepwarm_types::InstanceId>,
+    pub(super) undo: Vec<keepwarm_types::InstanceId>,
+    pub(super) after: After,
+}
+
+impl Shard {
+    /// Gives a change to the catalog.
+    pub(super) fn prepare(&mut self, key: &SessionKey, change: Change, out: &mut Vec<Command>) {
+        validate_manifest(&change.next);
+        let record = Record::Manifest(Arc::clone(&change.next), change.transcript);
+        let pending = Pending {
+            ticket: Ticket(0),
+            request: change.request,
+            next: Some(change.next),
+            released: change.released,
+            undo: change.undo,
+            after: change.after,
+            in_doubt: None,
+        };
+        self.persist(key, pending, vec![record], out);
+    }
+
+    pub(super) fn persist(
+        &mut self,
+        key: &SessionKey,
+        mut pending: Pending,
+        records: Vec<Record>,
+        out: &mut Vec<Command>,
+    ) {
+        self.next_ticket += 1;
+        pending.ticket = Ticket(self.next_ticket);
+        self.tickets.insert(pending.ticket, key.clone());
+        out.push(Command::Persist(pending.ticket, records));
+        let entry = self.sessions.entry(key.clone()).or_default();
+        entry.work().pending = Some(pending);
+    }
+
+    //= GUARANTEES.md#G1
+    pub(super) fn persisted(&mut self, now: Timestamp, ticket: Ticket, out: &mut Vec<Command>) {
+        let Some(key) = self.tickets.remove(&ticket) else { return };
+        let Some(entry) = self.sessions.get_mut(&key) else { return };
+        let Some(pending) = entry.work().pending.take() else { return };
+        match pending.next {
+            Some(next) => {
+                let fresh = entry.manifest.is_none();
+                entry.manifest = Some(Arc::clone(&next));
+                // A session that goes cold was not used by that.
+                if !matches!(pending.after, After::Cold | After::Quiet) || fresh {
+                    entry.last_used = now;
+                }
+                let view = entry.view(now);
+                if fresh {
+                    self.set_timer(next.expires_at(now), Timer::Session(key.clone()));
+                }
+                if !pending.released.is_empty() {
+                    out.push(Command::Release(pending.released));
+                }
+                if matches!(pending.after, After::Cold) {
+                    out.push(Command::Invalidate(key.clone(), next.birth));
+                }
+                self.reside(now, &key, out);
+                if let (Some(request), Ok(view)) = (pending.request, view) {
+                    out.push(Command::Reply(request, Ok(Box::new(answer(pending.after, view, &next)))));
+                }
+            }
+            None => self.ended(now, &key, pending, out),
+        }
+        self.resume(now, &key, out);
+    }
+
+    /// A session's end is committed: its memory and its name go, its tombstone stays.
+    fn ended(&mut self, now: Timestamp, key: &SessionKey, pending: Pending, out: &mut Vec<Command>) {
+        let Some(entry) = self.sessions.remove(key) else { return };
+        let Some(manifest) = entry.manifest else { return };
+        let expired = matches!(pending.after, After::Ended { expired: true });
+        let bytes = manifest.stored_bytes();
+        let birth = manifest.birth;
+        out.push(Command::Release(pending.released));
+        out.push(Command::Invalidate(key.clone(), birth));
+        out.push(Command::Reside(super::command::Residence {
+            key: key.clone(),
+            birth,
+            bytes: Bytes::ZERO,
+            protected_until: now,
+            expires_at: now,
+            leased: false,
+            last_used_at: now,
+        }));
+        self.bury(
+            key.clone(),
+            super::state::Tombstone { birth, revision: manifest.revision, at: now, expired },
+        );
+        if let Some(request) = pending.request {
+            let deleted = Deleted { id: key.id, birth, revision: manifest.revision, bytes };
+            out.push(Command::Reply(request, Ok(Box::new(Answer::Deleted(deleted)))));
+        }
+        let queue = entry.work.map(|work| work.queue).unwrap_or_default();
+        for request in queue {
+            self.request(now, request, out);
+        }
+        self.forget_oldest(key, out);
+    }
+
+    pub(super) fn persist_failed(
+        &mut self,
+        now: Timestamp,
+        ticket: Ticket,
+        error: PersistError,
+        records: Vec<Record>,
+        out: &mut Vec<Command>,
+    ) {
+        let Some(key) = self.tickets.remove(&ticket) else { return };
+        let Some(entry) = self.sessions.get_mut(&key) else { return };
+        let Some(mut pending) = entry.work().pending.take() else { return };
+        let retried = pending.request.is_none() && pending.in_doubt.is_some();
+        if error == PersistError::NotApplied && !retried {
+            if !pending.undo.is_empty() {
+                out.push(Command::Release(std::mem::take(&mut pending.undo)));
+            }
+            if let Some(request) = pending.request {
+                let refusal = Refusal::Unavailable("the catalog did not take the change");
+                out.push(Command::Reply(request, Err(refusal)));
+            }
+            if matches!(pending.after, After::Ended { expired: true }) {
+                self.set_timer(now + RETRY, Timer::Session(key.clone()));
+            }
+            self.resume(now, &key, out);
+            if self.sessions.get(&key).is_some_and(|entry| entry.manifest.is_none() && !entry.busy()) {
+                self.sessions.remove(&key);
+            }
+            return;
+        }
+        //= GUARANTEES.md#G3
+        // From here on the outcome is committed or unknown, never "no": the same records are tried again.
+        if let Some(request) = pending.request.take() {
+            out.push(Command::Reply(request, Err(Refusal::OutcomeUnknown)));
+        }
+        pending.in_doubt = Some(records);
+        let work = entry.work();
+        work.pending = Some(pending);
+        for request in std::mem::take(&mut work.queue) {
+            let refusal = Refusal::Unavailable("an earlier write's outcome is not known yet");
+            out.push(Command::Reply(request.id, Err(refusal)));
+        }
+        self.set_timer(now + RETRY, Timer::Retry(key));
+    }
+
+    /// Tries a change in doubt again.
+    pub(super) fn retry(&mut self, key: &SessionKey, out: &mut Vec<Command>) {
+        let Some(work) = self.sessions.get_mut(key).and_then(|entry| entry.work.as_mut()) else { return };
+        let Some(mut pending) = work.pending.take_if(|pending| pending.in_doubt.is_some()) else { return };
+        let records = pending.in_doubt.replace(Vec::new()).unwrap_or_default();
+        self.persist(key, pending, records, out);
+    }
+
+    /// Takes up what waited behind a change.
+    pub(super) fn resume(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<Command>) {
+        while let Some(entry) = self.sessions.get_mut(key) {
+            if entry.busy() {
+                return;
+            }
+            let Some(request) = entry.work.as_mut().and_then(|work| work.queue.pop_front()) else {
+                entry.settle();
+                return;
+            };
+            self.request(now, request, out);
+        }
+    }
+}
+
+fn answer(after: After, view: super::view::SessionView, next: &Arc<Manifest>) -> Answer {
+    match after {
+        After::Session { new, clipped } => session(view, new, clipped),
+        After::Written { length } => Answer::Written(Written {
+            birth: next.birth,
+            generation: next.generation,
+            revision: next.revision,
+            length_tokens: next.length_tokens,
+            length,
+            manifest: Arc::clone(next),
+        }),
+        After::Cold | After::Quiet | After::Ended { .. } => Answer::Done,
+    }
+}
+
+/// Asserts what must hold of every manifest.
+pub(super) fn validate_manifest(manifest: &Manifest) {
+    let key = &manifest.key;
+    assert_eq!(manifest.parts.len(), manifest.layout.parts().len(), "{key}: parts differ from the layout");
+    for (index, (state, part)) in manifest.parts.iter().zip(manifest.layout.parts()).enumerate() {
+        if let State::Cold(_) = manifest.state {
+            assert!(state.blocks.is_empty(), "{key}: part {index} is cold and names blocks");
+            continue;
+        }
+        let full = part.form.block_bytes();
+        let named: u64 = state.blocks.iter().map(|block| u64::from(block.length)).sum();
+        assert_eq!(
+            u64::from(state.first_block) * full + named,
+            state.length.0,
+            "{key}: part {index} does not add up"
+        );
+        if let Some((last, rest)) = state.blocks.split_last() {
+            assert!(
+                rest.iter().all(|block| u64::from(block.length) == full),
+                "{key}: part {index} has a short block inside"
+            );
+            assert!(
+                last.length > 0 && u64::from(last.length) <= full,
+                "{key}: part {index} has a bad last block"
+            );
+        }
+        if matches!(part.form, Form::Paged(_) | Form::Window { .. }) {
+            assert_eq!(
+                manifest.part_tokens(index),
+                Some(manifest.length_tokens),
+                "{key}: part {index} is not at the length"
+            );
+        }
+    }
+    if manifest.transcript_tokens.0 > 0 {
+        assert!(manifest.length_tokens <= manifest.transcript_tokens, "{key}: state beyond its transcript");
+    }
+}

@@ -1,0 +1,281 @@
+//! Guards of blocks: the only way to a byte of state.
+//!
+//! A [`BlockMut`] is unique and mutable; sealing turns it into a [`Block`], which is immutable and shared by
+//! cloning. The memory goes back to its arena when the last guard drops, so it is never reused under a
+//! reader or a running copy: whoever needs it holds a guard.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use keepwarm_types::{Birth, BlockChecksum, Bytes, InstanceId, Owner, TenantName};
+
+use crate::arena::Shared;
+use crate::arena::Slot;
+use crate::checksum::{Corrupt, block_checksum};
+
+/// Instances of this process so far.
+static INSTANCES: AtomicU64 = AtomicU64::new(1);
+
+/// Why a guard did not do as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GuardError {
+    /// The bytes are another tenant's, or of another life.
+    #[error("the block belongs to another owner")]
+    WrongOwner,
+    /// The bytes asked for were never written, or lie outside the block.
+    #[error("bytes {start}..{end} are outside the {limit} that may be touched")]
+    Bounds {
+        /// First byte.
+        start: usize,
+        /// One past the last.
+        end: usize,
+        /// What may be touched.
+        limit: usize,
+    },
+}
+
+/// A block's memory; gives it back when dropped.
+struct Memory {
+    arena: Arc<Shared>,
+    slot: Slot,
+    offset: u64,
+    capacity: usize,
+    tenant: TenantName,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.arena.release(self.slot, self.tenant.clone());
+    }
+}
+
+/// A block that one holder may write.
+pub struct BlockMut {
+    memory: Memory,
+    birth: Birth,
+    /// Bytes from the start that this owner wrote, or that are known to be zero.
+    written: usize,
+    /// Whether the rest may hold another tenant's bytes.
+    scrub: bool,
+}
+
+impl fmt::Debug for BlockMut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BlockMut({}@{}, {}/{})", self.memory.arena.name, self.memory.offset, self.written, self.memory.capacity)
+    }
+}
+
+impl BlockMut {
+    pub(crate) fn new(arena: Arc<Shared>, slot: Slot, offset: u64, capacity: usize, owner: Owner, scrub: bool) -> Self {
+        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant };
+        Self { memory, birth: owner.birth, written: 0, scrub }
+    }
+
+    /// Bytes that fit.
+    #[must_use]
+    pub const fn capacity(&self) -> usize {
+        self.memory.capacity
+    }
+
+    /// Bytes from the start that were written.
+    #[must_use]
+    pub const fn written(&self) -> usize {
+        self.written
+    }
+
+    /// What was written.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: this guard is the range's only one, and `&self` rules out its own writers.
+        unsafe { self.memory.arena.region.slice(self.memory.offset, self.written) }
+    }
+
+    /// All of the block, to write in place; what another tenant left is zeroed first, and all of it counts
+    /// as written from now on.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let (offset, capacity) = (self.memory.offset, self.memory.capacity);
+        // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
+        let all = unsafe { self.memory.arena.region.slice_mut(offset, capacity) };
+        if self.scrub {
+            all[self.written..].fill(0);
+            self.scrub = false;
+        }
+        self.written = capacity;
+        all
+    }
+
+    /// Writes `data` at `at`, which must not leave a gap behind what was written.
+    ///
+    /// # Errors
+    /// [`GuardError::Bounds`]; nothing was written then.
+    pub fn write(&mut self, at: usize, data: &[u8]) -> Result<(), GuardError> {
+        let end = at.saturating_add(data.len());
+        if at > self.written || end > self.memory.capacity {
+            return Err(GuardError::Bounds { start: at, end, limit: self.memory.capacity });
+        }
+        let offset = self.memory.offset + at as u64;
+        // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
+        unsafe { self.memory.arena.region.slice_mut(offset, data.len()) }.copy_from_slice(data);
+        self.written = self.written.max(end);
+        Ok(())
+    }
+
+    /// Seals the first `length` bytes as a new instance.
+    ///
+    /// # Errors
+    /// The guard comes back if `length` is more than was written.
+    pub fn seal(self, length: usize) -> Result<Block, (Self, GuardError)> {
+        if length > self.written {
+            let error = GuardError::Bounds { start: 0, end: length, limit: self.written };
+            return Err((self, error));
+        }
+        let checksum = block_checksum(&self.bytes()[..length]);
+        Ok(self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum))
+    }
+
+    /// Seals all that was written as a new instance whose checksum was computed while the bytes arrived.
+    #[must_use]
+    pub fn seal_hashed(self, checksum: BlockChecksum) -> Block {
+        let length = self.written;
+        self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum)
+    }
+
+    /// Seals all that was written as a copy of `original`; the caller has verified its checksum.
+    pub(crate) fn seal_copy(self, original: &Block) -> Block {
+        let length = self.written;
+        let mut block = self.into_block(length, original.instance(), original.checksum());
+        block.birth = original.birth;
+        block
+    }
+
+    fn into_block(self, length: usize, instance: InstanceId, checksum: BlockChecksum) -> Block {
+        Block { sealed: Arc::new(Sealed { memory: self.memory, length, instance, checksum }), birth: self.birth }
+    }
+}
+
+struct Sealed {
+    memory: Memory,
+    length: usize,
+    instance: InstanceId,
+    checksum: BlockChecksum,
+}
+
+/// A block that many may read and none may write; clones share the memory.
+#[derive(Clone)]
+pub struct Block {
+    sealed: Arc<Sealed>,
+    birth: Birth,
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sealed = &self.sealed;
+        write!(f, "Block({}@{}, instance {}, {} bytes)", sealed.memory.arena.name, sealed.memory.offset, sealed.instance.0, sealed.length)
+    }
+}
+
+impl Block {
+    /// Which instance.
+    #[must_use]
+    pub fn instance(&self) -> InstanceId {
+        self.sealed.instance
+    }
+
+    /// The checksum that its bytes must have.
+    #[must_use]
+    pub fn checksum(&self) -> BlockChecksum {
+        self.sealed.checksum
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.sealed.length
+    }
+
+    /// Bytes that it takes in its arena.
+    #[must_use]
+    pub fn footprint(&self) -> Bytes {
+        Bytes((self.sealed.memory.capacity as u64).next_multiple_of(crate::arena::BLOCK_ALIGN))
+    }
+
+    /// The name of its arena.
+    #[must_use]
+    pub fn arena(&self) -> &str {
+        &self.sealed.memory.arena.name
+    }
+
+    /// Whose bytes these are, as this guard was made for.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        Owner { tenant: self.sealed.memory.tenant.clone(), birth: self.birth }
+    }
+
+    /// A guard of the same bytes for another life of the same tenant: a fork.
+    #[must_use]
+    pub fn share(&self, birth: Birth) -> Self {
+        Self { sealed: Arc::clone(&self.sealed), birth }
+    }
+
+    /// The bytes.
+    ///
+    /// # Errors
+    /// [`GuardError::WrongOwner`] unless tenant and birth are the guard's.
+    pub fn bytes(&self, owner: &Owner) -> Result<&[u8], GuardError> {
+        if owner.birth != self.birth || owner.tenant != self.sealed.memory.tenant {
+            return Err(GuardError::WrongOwner);
+        }
+        Ok(self.raw())
+    }
+
+    /// A part of the bytes that keeps the guard, to be handed to a socket without a copy.
+    ///
+    /// # Errors
+    /// [`GuardError`] for another owner or a range outside the block.
+    pub fn view(&self, owner: &Owner, range: Range<usize>) -> Result<BlockView, GuardError> {
+        let limit = self.bytes(owner)?.len();
+        if range.start > range.end || range.end > limit {
+            return Err(GuardError::Bounds { start: range.start, end: range.end, limit });
+        }
+        Ok(BlockView { block: self.clone(), range })
+    }
+
+    /// Reads all bytes and compares their checksum.
+    ///
+    /// # Errors
+    /// [`Corrupt`] with both checksums.
+    pub fn verify(&self) -> Result<(), Corrupt> {
+        let (expected, found) = (self.checksum(), block_checksum(self.raw()));
+        if expected == found { Ok(()) } else { Err(Corrupt { instance: self.instance(), expected, found }) }
+    }
+
+    pub(crate) fn raw(&self) -> &[u8] {
+        let sealed = &self.sealed;
+        // SAFETY: sealed memory is never written again (but by `flip_bit`, whose purpose is to break it), and
+        // the guard keeps it from being given to anyone else.
+        unsafe { sealed.memory.arena.region.slice(sealed.memory.offset, sealed.length) }
+    }
+
+    pub(crate) fn flip_bit(&self, bit: u64) {
+        let byte = usize::try_from(bit / 8).expect("keepwarm runs on 64-bit targets");
+        assert!(byte < self.sealed.length, "bit {bit} lies outside the block of {} bytes", self.sealed.length);
+        // SAFETY: in bounds; a racing reader may see either value, which is what failing memory does.
+        unsafe { self.sealed.memory.arena.region.slice_mut(self.sealed.memory.offset + byte as u64, 1)[0] ^= 1 << (bit % 8) };
+    }
+}
+
+/// A range of a block's bytes that keeps them alive.
+#[derive(Debug, Clone)]
+pub struct BlockView {
+    block: Block,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for BlockView {
+    fn as_ref(&self) -> &[u8] {
+        &self.block.raw()[self.range.clone()]
+    }
+}
