@@ -77,8 +77,8 @@ fn the_oldest_clean_session_leaves_first_and_a_leased_one_never() {
     }
     tier.on(NOW, ResidencyEvent::Used(Bytes(80)));
     assert_eq!(evicted(&tier.on(NOW, need(1, "a", 30))), [key("a", 3)]);
-    tier.on(NOW, ResidencyEvent::Gone(key("a", 3)));
-    assert_eq!(tier.on(NOW, ResidencyEvent::Used(Bytes(60))), [ResidencyCommand::Grant(NeedId(1))]);
+    assert_eq!(tier.on(NOW, ResidencyEvent::Gone(key("a", 3))), [ResidencyCommand::Grant(NeedId(1))]);
+    assert_eq!(tier.on(NOW, ResidencyEvent::Used(Bytes(90))), []);
     assert_eq!(evicted(&tier.on(NOW, need(2, "a", 50))), [key("a", 4), key("a", 2)], "clean before dirty");
 }
 
