@@ -196,10 +196,10 @@ impl Block {
         self.sealed.length
     }
 
-    /// Bytes that it takes in its arena.
+    /// Bytes that were asked for when it was allocated: what a copy should ask for too.
     #[must_use]
-    pub fn footprint(&self) -> Bytes {
-        Bytes((self.sealed.memory.capacity as u64).next_multiple_of(crate::arena::BLOCK_ALIGN))
+    pub fn capacity(&self) -> Bytes {
+        Bytes(self.sealed.memory.capacity as u64)
     }
 
     /// The name of its arena.

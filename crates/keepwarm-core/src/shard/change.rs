@@ -99,6 +99,7 @@ impl Shard {
         let birth = manifest.birth;
         out.push(Command::Release(pending.released));
         out.push(Command::Invalidate(key.clone(), birth));
+        out.push(Command::Ended(key.clone()));
         out.push(Command::Reside(super::command::Residence {
             key: key.clone(),
             birth,

@@ -29,6 +29,8 @@ pub enum Command {
     Reside(Residence),
     /// A session's life is over, or its bytes changed other than by its lease holder: caches drop what they have.
     Invalidate(SessionKey, Birth),
+    /// A session has ended for good.
+    Ended(SessionKey),
     /// Answer a request.
     Reply(RequestId, Result<Box<Answer>, Refusal>),
 }

@@ -119,7 +119,7 @@ impl Bench {
                         }
                     }
                 }
-                Command::Reside(_) => {}
+                Command::Reside(_) | Command::Ended(_) => {}
                 Command::Invalidate(_, birth) => self.invalidated.push(birth),
                 Command::Reply(id, reply) => {
                     assert!(self.replies.insert(id, reply).is_none(), "{id:?} answered twice");

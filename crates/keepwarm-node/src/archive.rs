@@ -1,0 +1,1 @@
+//! Archives: export and import of whole sessions.

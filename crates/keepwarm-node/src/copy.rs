@@ -1,0 +1,31 @@
+//! Running a batch of copies on a device, with the watchdog.
+
+use keepwarm_memory::{Block, Device, Direction, Job};
+use keepwarm_types::Millis;
+
+use crate::error::Error;
+use crate::gpu::COPY_DEADLINE;
+
+/// Submits a batch and waits for it, at most [`COPY_DEADLINE`]: a device that takes longer is fenced.
+///
+/// Cancel safe: a dropped wait leaves the copies to run and gives their memory back afterwards.
+pub(crate) async fn run(
+    device: &dyn Device,
+    direction: Direction,
+    jobs: Vec<Job>,
+    at: &'static str,
+) -> Result<Vec<Block>, Error> {
+    let transfer = device.submit(direction, jobs).map_err(|error| Error::from(error.cause))?;
+    match tokio::time::timeout(COPY_DEADLINE, transfer).await {
+        Ok(Ok(copies)) => Ok(copies),
+        Ok(Err(error)) => Err(match Error::from(error.cause) {
+            Error::Corrupt { detail, .. } => Error::Corrupt { at, detail },
+            other => other,
+        }),
+        Err(_) => {
+            device.fence("a copy did not end within its deadline");
+            let reason = format!("{} hangs and is fenced", device.name());
+            Err(Error::Unavailable { reason, retry_after: Millis(1000) })
+        }
+    }
+}

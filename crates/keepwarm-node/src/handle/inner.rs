@@ -1,0 +1,291 @@
+//! What all handles of a node share, and how they reach its actors.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use keepwarm_catalog::Catalog;
+use keepwarm_config::{Config, NodeConfig};
+use keepwarm_core::session::{Manifest, State};
+use keepwarm_core::shard::{Refusal, Verb};
+use keepwarm_memory::{Block, BlockMut, Device, FaultPlan};
+use keepwarm_types::{Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Owner, SessionKey};
+use ractor::ActorRef;
+use tokio::sync::{broadcast, oneshot, watch};
+
+use super::view::{ContextInfo, Move, NodeEvent};
+use crate::admission::{Admission, Permit};
+use crate::book::Book;
+use crate::clock::now;
+use crate::error::Error;
+use crate::gpu::Board;
+use crate::links::Links;
+use crate::metrics::Metrics;
+use crate::pinned::{PinnedMsg, Pool, ROOM_WAIT, Reserve};
+use crate::router::RouterMsg;
+use crate::shard::{Answered, Ask, ShardMsg};
+
+/// Events that a slow reader may be behind before it misses some.
+const EVENTS_KEPT: usize = 1024;
+
+/// What a node is made of, before its actors.
+pub(crate) struct InnerParts {
+    pub(crate) config: Config,
+    pub(crate) node: NodeConfig,
+    pub(crate) catalog: Catalog,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) boards: Vec<Arc<Board>>,
+    pub(crate) faults: Vec<Arc<FaultPlan>>,
+    pub(crate) fail: watch::Sender<Option<String>>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    pub(crate) node: NodeConfig,
+    pub(crate) name: NodeName,
+    pub(crate) catalog: Catalog,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) boards: Vec<Arc<Board>>,
+    pub(crate) links: Arc<Links>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) book: Book,
+    pub(super) admission: Admission,
+    pub(super) events: broadcast::Sender<NodeEvent>,
+    /// The write-behind of each session that has one; true once it is done with.
+    pub(super) checkpoints: Mutex<HashMap<SessionKey, watch::Receiver<bool>>>,
+    /// Contexts that executors have reported, per GPU.
+    pub(super) contexts: Mutex<HashMap<(GpuIndex, String), ContextInfo>>,
+    faults: Vec<Arc<FaultPlan>>,
+    serving: AtomicBool,
+    fail: watch::Sender<Option<String>>,
+}
+
+impl Inner {
+    pub(crate) fn new(parts: InnerParts) -> Self {
+        Self {
+            name: parts.node.name.clone(),
+            links: Arc::new(Links::new(parts.config.shards)),
+            metrics: Arc::default(),
+            book: Book::new(&parts.config.tenants),
+            admission: Admission::new(),
+            events: broadcast::channel(EVENTS_KEPT).0,
+            checkpoints: Mutex::default(),
+            contexts: Mutex::default(),
+            serving: AtomicBool::new(false),
+            config: parts.config,
+            node: parts.node,
+            catalog: parts.catalog,
+            incarnation: parts.incarnation,
+            boards: parts.boards,
+            faults: parts.faults,
+            fail: parts.fail,
+        }
+    }
+}
+
+/// The way into a node; cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Handle({})", self.inner.name)
+    }
+}
+
+impl Handle {
+    pub(crate) fn new(inner: Inner) -> Self {
+        Self { inner: Arc::new(inner) }
+    }
+
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    pub(crate) fn links(&self) -> &Links {
+        &self.inner.links
+    }
+
+    pub(crate) fn admission(&self) -> &Admission {
+        &self.inner.admission
+    }
+
+    /// This node's name.
+    #[must_use]
+    pub fn name(&self) -> &NodeName {
+        &self.inner.name
+    }
+
+    /// The configuration that the node runs by.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// The node's metrics, to be added to and to be shown.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.inner.metrics
+    }
+
+    /// Injects faults into a GPU, for tests and drills; none where there is no such GPU.
+    #[must_use]
+    pub fn faults(&self, gpu: GpuIndex) -> Option<Arc<FaultPlan>> {
+        self.inner.faults.get(usize::from(gpu.0)).cloned()
+    }
+
+    /// Makes a GPU's actor panic, for tests and drills.
+    pub fn panic_gpu(&self, gpu: GpuIndex) {
+        if let Some(gpu) = self.links().gpu(gpu) {
+            let _ = gpu.cast(crate::gpu::GpuMsg::Panic);
+        }
+    }
+
+    /// Makes the actor of a session's shard panic, for tests and drills.
+    pub fn panic_shard(&self, key: &SessionKey) {
+        if let Ok(shard) = self.links().shard(key) {
+            let _ = shard.cast(ShardMsg::Panic);
+        }
+    }
+
+    pub(crate) fn set_serving(&self, serving: bool) {
+        self.inner.serving.store(serving, Ordering::SeqCst);
+    }
+
+    pub(super) fn serving(&self) -> bool {
+        self.inner.serving.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn fail(&self, reason: String) {
+        self.set_serving(false);
+        self.inner.fail.send_replace(Some(reason));
+    }
+
+    /// A client's permit.
+    pub(crate) fn admit(&self) -> Result<Permit, Error> {
+        self.inner.admission.client()
+    }
+
+    /// Sends a verb with its guards to the session's shard and waits for the answer.
+    pub(crate) async fn ask(
+        &self,
+        key: &SessionKey,
+        verb: Verb,
+        guards: Vec<Block>,
+        permit: Option<Permit>,
+    ) -> Result<Answered, Error> {
+        let changes = !matches!(
+            verb,
+            Verb::Get | Verb::List(_) | Verb::PlanWrite(_) | Verb::Read { .. } | Verb::ReadAll | Verb::Touch
+        );
+        let (reply, answer) = oneshot::channel();
+        let shard = self.links().shard(key)?;
+        send(&shard, ShardMsg::Ask(Ask { key: key.clone(), verb, guards, permit, reply }), "the shard")?;
+        answer.await.unwrap_or_else(|_| {
+            // The shard ended with the request in its hands.
+            Err(if changes { Refusal::OutcomeUnknown.into() } else { restarting("the shard") })
+        })
+    }
+
+    /// Pinned blocks, waited for up to a limit.
+    pub(crate) async fn reserve_pinned(
+        &self,
+        owner: &Owner,
+        pool: Pool,
+        sizes: Vec<(Bytes, usize)>,
+    ) -> Result<Vec<BlockMut>, Error> {
+        let (reply, blocks) = oneshot::channel();
+        let deadline = now() + ROOM_WAIT;
+        let reserve = Reserve { owner: owner.clone(), pool, sizes, deadline, reply };
+        send(self.links().pinned()?, PinnedMsg::Reserve(reserve), "pinned memory")?;
+        blocks.await.map_err(|_| restarting("pinned memory"))?
+    }
+
+    pub(crate) fn device(&self, gpu: GpuIndex) -> Result<Arc<dyn Device>, Error> {
+        let board = self.inner.boards.get(usize::from(gpu.0));
+        board.map(|board| Arc::clone(board.device())).ok_or_else(|| no_gpu(gpu, self.inner.boards.len()))
+    }
+
+    /// Whether a session has all the copies that the spec promises.
+    #[must_use]
+    pub fn durability(&self, manifest: &Manifest) -> Durability {
+        let full = manifest.holders.len() >= self.inner.config.replication as usize;
+        if full || matches!(manifest.state, State::Cold(_)) { Durability::Full } else { Durability::Degraded }
+    }
+
+    /// A session has ended: nothing of it is remembered but its tombstone.
+    pub(crate) fn ended(&self, key: SessionKey) {
+        self.inner.book.end(&key.tenant);
+        self.emit("session", Some(&key), "ended".to_owned(), Bytes::ZERO, Duration::ZERO);
+        if let Ok(router) = self.links().router() {
+            let _ = router.cast(RouterMsg::Forget(key));
+        }
+    }
+
+    /// Remembers and tells a move of a session's bytes.
+    pub(crate) fn note_move(
+        &self,
+        key: &SessionKey,
+        from: &str,
+        to: &str,
+        bytes: Bytes,
+        why: &'static str,
+        took: Duration,
+    ) {
+        let moved = Move { at: now(), from: from.to_owned(), to: to.to_owned(), bytes, why };
+        if let Ok(router) = self.links().router() {
+            let _ = router.cast(RouterMsg::Moved(key.clone(), moved));
+        }
+        self.emit("move", Some(key), format!("{from} to {to}: {why}"), bytes, took);
+    }
+
+    /// Tells a failure.
+    pub(crate) fn note_failure(&self, key: Option<&SessionKey>, detail: String) {
+        self.emit("failure", key, detail, Bytes::ZERO, Duration::ZERO);
+    }
+
+    fn emit(
+        &self,
+        kind: &'static str,
+        session: Option<&SessionKey>,
+        detail: String,
+        bytes: Bytes,
+        took: Duration,
+    ) {
+        let duration = Millis(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+        // Nobody listening is no error.
+        let _ = self.inner.events.send(NodeEvent {
+            at: now(),
+            kind,
+            session: session.cloned(),
+            detail,
+            bytes,
+            duration,
+        });
+    }
+
+    /// Write-behinds under way.
+    pub(crate) fn checkpoints_running(&self) -> usize {
+        self.inner.checkpoints.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+/// Sends to an actor; one that has ended is being started again.
+pub(super) fn send<T: ractor::Message>(actor: &ActorRef<T>, message: T, who: &str) -> Result<(), Error> {
+    actor.cast(message).map_err(|_| restarting(who))
+}
+
+pub(super) fn restarting(who: &str) -> Error {
+    Error::Unavailable { reason: format!("{who} is being started again"), retry_after: Millis(500) }
+}
+
+pub(super) fn no_gpu(gpu: GpuIndex, count: usize) -> Error {
+    Error::InvalidField {
+        field: "gpu".to_owned(),
+        reason: format!("there is no GPU {gpu}: the node has {count}, from 0"),
+    }
+}

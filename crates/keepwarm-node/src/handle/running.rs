@@ -1,0 +1,439 @@
+//! Sessions at work: activate, lease, turn, and the moves between tiers.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
+use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
+use keepwarm_memory::{Block, BlockMut};
+use keepwarm_types::{
+    Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
+};
+use tokio::sync::{oneshot, watch};
+use uuid::Uuid;
+
+use super::inner::{Handle, no_gpu, restarting, send};
+use super::request::{ActivateRequest, TurnRequest};
+use super::sessions::verdict;
+use super::view::{Activation, CheckpointInfo, TurnDone, Verdict};
+use crate::checkpoint::Checkpoint;
+use crate::clock::now;
+use crate::error::Error;
+use crate::gpu::{GpuMsg, Kept, Loaded};
+use crate::router::RouterMsg;
+
+/// How long a request waits for its session's write-behind.
+const CHECKPOINT_WAIT: Duration = Duration::from_secs(30);
+/// How long working blocks are waited for.
+const SCRATCH_WAIT: Millis = Millis(2000);
+
+fn odd(what: &'static str) -> Error {
+    Error::Internal(format!("the shard answered something else than {what}"))
+}
+
+impl Handle {
+    /// Brings a session to a GPU and leases it.
+    ///
+    /// # Errors
+    /// [`Error`]; no lease is held then.
+    pub async fn activate(&self, key: &SessionKey, request: ActivateRequest) -> Result<Activation, Error> {
+        let permit = self.admit()?;
+        let started = Instant::now();
+        self.settled(key).await?;
+        let before = self.get(key).await?;
+        let bytes = before.manifest.stored_bytes();
+        let home = self.place(key, request.node, request.gpu, bytes).await?;
+        let lease = LeaseId(Uuid::new_v4());
+        let ttl = request.ttl.unwrap_or(LEASE_TTL_DEFAULT);
+        let verb = Verb::Activate { lease, ttl, home: home.clone() };
+        let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
+        let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
+        let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, grant.lease.expires_at).await;
+        match loaded {
+            Ok(loaded) => {
+                let took = started.elapsed();
+                self.found(&grant.manifest, &home, &loaded, took);
+                Ok(activation(*grant, home, loaded, took))
+            }
+            Err(error) => {
+                if let Error::Corrupt { .. } = &error {
+                    self.metrics().checksum_failed("restore");
+                }
+                let _ = self.ask(key, Verb::Release { lease }, Vec::new(), None).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Where the session shall run.
+    async fn place(
+        &self,
+        key: &SessionKey,
+        node: Option<NodeName>,
+        wish: Option<GpuIndex>,
+        bytes: Bytes,
+    ) -> Result<Home, Error> {
+        if let Some(node) = node.filter(|node| node != self.name()) {
+            return Err(Error::unknown_node(&node));
+        }
+        let gpus = self.inner().boards.len();
+        if let Some(wish) = wish.filter(|wish| usize::from(wish.0) >= gpus) {
+            return Err(no_gpu(wish, gpus));
+        }
+        let (reply, choice) = oneshot::channel();
+        let place = RouterMsg::Place { key: key.clone(), wish, near: None, bytes, reply };
+        send(self.links().router()?, place, "the router")?;
+        match choice.await.map_err(|_| restarting("the router"))? {
+            Some(gpu) => Ok(Home { node: self.name().clone(), gpu }),
+            None => {
+                let largest = self
+                    .inner()
+                    .boards
+                    .iter()
+                    .filter(|board| board.healthy())
+                    .map(|board| board.load().capacity)
+                    .max();
+                Err(match (largest, wish) {
+                    (Some(largest), None) => Error::NoCapacity {
+                        tier: Tier::Hbm,
+                        wanted: bytes,
+                        reason: format!("the largest GPU of this node has {largest}"),
+                        retry_after: Millis(60_000),
+                    },
+                    _ => Error::Unavailable {
+                        reason: "no GPU that could run it serves".to_owned(),
+                        retry_after: Millis(1000),
+                    },
+                })
+            }
+        }
+    }
+
+    /// Brings a manifest's blocks to a GPU.
+    async fn load(
+        &self,
+        manifest: &Arc<Manifest>,
+        gpu: GpuIndex,
+        sources: Vec<Block>,
+        leased_until: Timestamp,
+    ) -> Result<Loaded, Error> {
+        if sources.is_empty() {
+            return Ok(Loaded {
+                blocks: vec![Vec::new(); manifest.parts.len()],
+                source: Source::None,
+                moved: Bytes::ZERO,
+            });
+        }
+        let permit = self.admission().restore().await?;
+        let actor = self.links().gpu(gpu).ok_or_else(|| no_gpu(gpu, self.inner().boards.len()))?;
+        let (reply, loaded) = oneshot::channel();
+        let manifest = Arc::clone(manifest);
+        send(&actor, GpuMsg::Load { manifest, sources, leased_until, permit, reply }, "the GPU's actor")?;
+        loaded.await.map_err(|_| restarting("the GPU's actor"))?
+    }
+
+    /// Remembers what an activation found.
+    fn found(&self, manifest: &Manifest, home: &Home, loaded: &Loaded, took: Duration) {
+        let why = match (loaded.source, manifest.state) {
+            (Source::None, State::Cold(reason)) => reason.word(),
+            (Source::None, State::Warm) => "empty",
+            _ => "resident",
+        };
+        let result = if loaded.source == Source::None { "miss" } else { "hit" };
+        self.metrics().lookup(result, why);
+        if loaded.source != Source::None {
+            self.metrics().restored(loaded.source, took, loaded.moved);
+        }
+        if loaded.moved > Bytes::ZERO {
+            self.note_move(
+                &manifest.key,
+                "pinned",
+                &format!("hbm:{}", home.gpu),
+                loaded.moved,
+                "activate",
+                took,
+            );
+        }
+        if let Ok(router) = self.links().router() {
+            let _ = router.cast(RouterMsg::Homed(manifest.key.clone(), home.gpu));
+            let _ = router.cast(RouterMsg::Found(manifest.key.clone(), loaded.source, why));
+        }
+    }
+
+    /// Makes a lease last longer; gives the time it ends.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn renew(
+        &self,
+        key: &SessionKey,
+        lease: LeaseId,
+        ttl: Option<Millis>,
+    ) -> Result<(Verdict, LeaseGrant), Error> {
+        let permit = self.admit()?;
+        let verb = Verb::Renew { lease, ttl: ttl.unwrap_or(LEASE_TTL_DEFAULT) };
+        let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
+        let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
+        self.tell_gpus(key, grant.lease.expires_at);
+        let outcome = if grant.clipped { Outcome::Clipped } else { Outcome::Accepted };
+        Ok((
+            verdict(outcome, if grant.clipped { "the lease's time was clipped to the limits" } else { "" }),
+            *grant,
+        ))
+    }
+
+    /// Gives a lease back.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn release(&self, key: &SessionKey, lease: LeaseId) -> Result<Verdict, Error> {
+        let permit = self.admit()?;
+        self.ask(key, Verb::Release { lease }, Vec::new(), Some(permit)).await?;
+        self.tell_gpus(key, now());
+        Ok(verdict(Outcome::Accepted, ""))
+    }
+
+    fn tell_gpus(&self, key: &SessionKey, until: Timestamp) {
+        for gpu in self.links().gpus() {
+            let _ = gpu.cast(GpuMsg::Leased { key: key.clone(), until });
+        }
+    }
+
+    /// Mutable HBM blocks for the holder of a lease, to write its model's state into.
+    ///
+    /// # Errors
+    /// [`Error::NoCapacity`] where no room came within two seconds.
+    pub async fn scratch(
+        &self,
+        owner: &Owner,
+        gpu: GpuIndex,
+        size: Bytes,
+        count: usize,
+    ) -> Result<Vec<BlockMut>, Error> {
+        let actor = self.links().gpu(gpu).ok_or_else(|| no_gpu(gpu, self.inner().boards.len()))?;
+        let (reply, blocks) = oneshot::channel();
+        let scratch =
+            GpuMsg::Scratch { owner: owner.clone(), size, count, deadline: now() + SCRATCH_WAIT, reply };
+        send(&actor, scratch, "the GPU's actor")?;
+        blocks.await.map_err(|_| restarting("the GPU's actor"))?
+    }
+
+    /// Commits a turn's transcript; its state follows by checkpoint, which gives the lease back at its end.
+    ///
+    /// Not cancel safe in one respect: once the transcript is on its way it may be committed.
+    ///
+    /// # Errors
+    /// [`Error`]; the lease is still held then.
+    pub async fn turn(&self, key: &SessionKey, request: TurnRequest) -> Result<TurnDone, Error> {
+        let permit = self.admit()?;
+        let turn = Turn { lease: request.lease, transcript: request.transcript };
+        let answered = self.ask(key, Verb::Turn(turn), Vec::new(), Some(permit)).await?;
+        let Answer::Written(written) = *answered.answer else { return Err(odd("a commit")) };
+        let manifest = written.manifest;
+        let done = TurnDone { etag: manifest.etag(), length: manifest.transcript_tokens };
+        if let Some(gpu) = self.links().gpu(request.gpu).filter(|_| !request.parts.is_empty()) {
+            let kept = request.parts.iter().map(|part| Kept {
+                part: part.part,
+                first_block: part.first_block,
+                blocks: part.blocks.clone(),
+            });
+            let (birth, parts) = (manifest.birth, kept.collect());
+            let leased_until = now() + LEASE_TTL_DEFAULT;
+            let _ = gpu.cast(GpuMsg::Keep { key: key.clone(), birth, parts, leased_until });
+        }
+        let checkpoint =
+            Checkpoint { manifest, gpu: request.gpu, parts: request.parts, lease: request.lease };
+        self.write_behind(key.clone(), checkpoint);
+        Ok(done)
+    }
+
+    /// Runs a checkpoint in the background and gives its lease back.
+    fn write_behind(&self, key: SessionKey, checkpoint: Checkpoint) {
+        let (done, running) = watch::channel(false);
+        self.inner().checkpoints.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), running);
+        let handle = self.clone();
+        tokio::spawn(async move {
+            let lease = checkpoint.lease;
+            if !checkpoint.parts.is_empty() {
+                // What went wrong was told where it happened.
+                let _ = checkpoint.run(&handle).await;
+            }
+            // A lease that has ended by itself needs no release.
+            let _ = handle.ask(&key, Verb::Release { lease }, Vec::new(), None).await;
+            handle.tell_gpus(&key, now());
+            handle.inner().checkpoints.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+            done.send_replace(true);
+        });
+    }
+
+    /// Waits until the session has no write-behind under way.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] after half a minute.
+    pub async fn settled(&self, key: &SessionKey) -> Result<(), Error> {
+        let running =
+            self.inner().checkpoints.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
+        let Some(mut running) = running else { return Ok(()) };
+        match tokio::time::timeout(CHECKPOINT_WAIT, running.wait_for(|done| *done)).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Unavailable {
+                reason: "the session's last checkpoint does not end".to_owned(),
+                retry_after: Millis(1000),
+            }),
+        }
+    }
+
+    /// Waits until what is committed has all promised copies.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn checkpoint(&self, key: &SessionKey) -> Result<CheckpointInfo, Error> {
+        self.settled(key).await?;
+        let info = self.get(key).await?;
+        let manifest = info.manifest;
+        let verdict = match manifest.state {
+            State::Cold(reason) => verdict(
+                Outcome::Missing,
+                format!("the session is cold ({reason}): there are no bytes to copy"),
+            ),
+            State::Warm => verdict(Outcome::Accepted, ""),
+        };
+        let mut hasher = twox_hash::XxHash3_128::new();
+        for block in manifest.instances() {
+            hasher.write(&block.checksum.as_u128().to_be_bytes());
+        }
+        Ok(CheckpointInfo { verdict, checksum: hasher.finish_128(), manifest })
+    }
+
+    /// Brings bytes to a warmer tier ahead of use.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn prefetch(&self, key: &SessionKey, tier: Tier) -> Result<Verdict, Error> {
+        let info = self.get(key).await?;
+        if let State::Cold(reason) = info.manifest.state {
+            return Ok(verdict(
+                Outcome::Missing,
+                format!("the session is cold ({reason}): there are no bytes to bring"),
+            ));
+        }
+        match tier {
+            Tier::Pinned => Ok(verdict(Outcome::Accepted, "its bytes are in pinned memory")),
+            Tier::Peer => Ok(verdict(Outcome::Rejected, "a peer's memory is colder, not warmer: use demote")),
+            Tier::Hbm => {
+                let bytes = info.manifest.stored_bytes();
+                let home = self.place(key, None, None, bytes).await?;
+                self.bring(key, &home, "prefetch").await
+            }
+        }
+    }
+
+    /// Loads without a lease.
+    async fn bring(&self, key: &SessionKey, home: &Home, why: &'static str) -> Result<Verdict, Error> {
+        let permit = self.admit()?;
+        let started = Instant::now();
+        let answered = self.ask(key, Verb::ReadAll, Vec::new(), Some(permit)).await?;
+        let Answer::Read(grant) = *answered.answer else { return Err(odd("a read")) };
+        if answered.blocks.is_empty() {
+            return Ok(verdict(Outcome::Missing, "the session has no bytes yet"));
+        }
+        let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, now()).await?;
+        if loaded.moved > Bytes::ZERO {
+            self.note_move(key, "pinned", &format!("hbm:{}", home.gpu), loaded.moved, why, started.elapsed());
+        }
+        send(self.links().router()?, RouterMsg::Homed(key.clone(), home.gpu), "the router")?;
+        Ok(verdict(Outcome::Accepted, format!("{} moved to GPU {}", loaded.moved, home.gpu)))
+    }
+
+    /// Sends bytes to a colder tier: the colder copy is confirmed, then memory is freed.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn demote(&self, key: &SessionKey, tier: Tier) -> Result<Verdict, Error> {
+        self.settled(key).await?;
+        let info = self.get(key).await?;
+        match tier {
+            Tier::Hbm => return Ok(verdict(Outcome::Rejected, "HBM is the warmest tier: use prefetch")),
+            Tier::Peer => {
+                return Ok(verdict(Outcome::Rejected, "the cluster has no other node to hold the bytes"));
+            }
+            Tier::Pinned => {}
+        }
+        if let Some(lease) = info.lease {
+            return Ok(verdict(Outcome::Rejected, format!("the session is leased ({})", lease.id)));
+        }
+        if let State::Cold(reason) = info.manifest.state {
+            return Ok(verdict(Outcome::Missing, format!("the session is cold ({reason})")));
+        }
+        let mut freed = Bytes::ZERO;
+        for (index, gpu) in self.links().gpus().into_iter().enumerate() {
+            let (reply, gone) = oneshot::channel();
+            if gpu.cast(GpuMsg::Demote { key: key.clone(), reply }).is_ok()
+                && let Ok(Some(bytes)) = gone.await
+            {
+                freed += bytes;
+                self.note_move(key, &format!("hbm:{index}"), "none", bytes, "demote", Duration::ZERO);
+            }
+        }
+        Ok(verdict(Outcome::Accepted, format!("{freed} given back")))
+    }
+
+    /// Moves a session's home.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn migrate(
+        &self,
+        key: &SessionKey,
+        node: Option<NodeName>,
+        gpu: Option<GpuIndex>,
+    ) -> Result<Verdict, Error> {
+        self.settled(key).await?;
+        let info = self.get(key).await?;
+        if let Some(lease) = info.lease {
+            return Ok(verdict(Outcome::Rejected, format!("the session is leased ({})", lease.id)));
+        }
+        let home = self.place(key, node, gpu, info.manifest.stored_bytes()).await?;
+        let moved = match info.manifest.state {
+            State::Cold(_) => verdict(Outcome::Accepted, "the session is cold: its next run begins there"),
+            State::Warm if info.manifest.stored_bytes() == Bytes::ZERO => {
+                verdict(Outcome::Accepted, "it has no bytes yet")
+            }
+            State::Warm => self.bring(key, &home, "migrate").await?,
+        };
+        for (index, other) in self.links().gpus().into_iter().enumerate() {
+            if index != usize::from(home.gpu.0) {
+                let (reply, gone) = oneshot::channel();
+                if other.cast(GpuMsg::Demote { key: key.clone(), reply }).is_ok() {
+                    // A GPU that has ended since holds nothing.
+                    let _ = gone.await;
+                }
+            }
+        }
+        send(self.links().router()?, RouterMsg::Homed(key.clone(), home.gpu), "the router")?;
+        match self.ask(key, Verb::SetHome(home), Vec::new(), None).await {
+            Ok(_) => Ok(moved),
+            Err(Error::Refused(Refusal::UnknownSession)) => {
+                Ok(verdict(Outcome::Missing, "the session has ended meanwhile"))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn activation(grant: LeaseGrant, home: Home, loaded: Loaded, took: Duration) -> Activation {
+    let outcome = if grant.clipped { Outcome::Clipped } else { Outcome::Accepted };
+    Activation {
+        verdict: verdict(
+            outcome,
+            if grant.clipped { "the lease's time was clipped to the limits" } else { "" },
+        ),
+        lease: grant.lease,
+        home,
+        source: loaded.source,
+        bytes_moved: loaded.moved,
+        duration: took,
+        manifest: grant.manifest,
+        blocks: loaded.blocks,
+    }
+}

@@ -1,0 +1,268 @@
+//! The node's metrics, by the names of the API's contract; Prometheus text on demand.
+
+use std::time::Duration;
+
+use keepwarm_core::residency::EvictReason;
+use keepwarm_types::{Bytes, Source, Tier};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BySource {
+    source: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByResult {
+    result: &'static str,
+    reason: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByEviction {
+    tier: &'static str,
+    reason: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCode {
+    code: String,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByTier {
+    tier: String,
+    kind: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByState {
+    state: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByModel {
+    model: String,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByContext {
+    model: String,
+    gpu: u32,
+    state: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByMove {
+    from: &'static str,
+    to: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPlace {
+    r#where: &'static str,
+}
+
+type Seconds = Family<BySource, Histogram, fn() -> Histogram>;
+
+/// From 100 us to some 100 s.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.0001, 2.0, 21))
+}
+
+/// Every metric of the node.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    restore_seconds: Seconds,
+    ttft_seconds: Seconds,
+    lookups: Family<ByResult, Counter>,
+    prefill_avoided: Counter,
+    lag_bytes: Gauge,
+    lag_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
+    sessions: Family<ByState, Gauge>,
+    tier_bytes: Family<ByTier, Gauge>,
+    evictions: Family<ByEviction, Counter>,
+    rejects: Family<ByCode, Counter>,
+    leases: Family<ByState, Gauge>,
+    contexts: Family<ByContext, Gauge>,
+    queue_depth: Family<ByModel, Gauge>,
+    batch_size: Family<ByModel, Histogram, fn() -> Histogram>,
+    moves: Family<ByMove, Counter>,
+    checksum_failures: Family<ByPlace, Counter>,
+}
+
+fn batch_sizes() -> Histogram {
+    Histogram::new(exponential_buckets(1.0, 2.0, 9))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut metrics = Self {
+            registry: Registry::default(),
+            restore_seconds: Family::new_with_constructor(seconds),
+            ttft_seconds: Family::new_with_constructor(seconds),
+            lookups: Family::default(),
+            prefill_avoided: Counter::default(),
+            lag_bytes: Gauge::default(),
+            lag_seconds: Gauge::default(),
+            sessions: Family::default(),
+            tier_bytes: Family::default(),
+            evictions: Family::default(),
+            rejects: Family::default(),
+            leases: Family::default(),
+            contexts: Family::default(),
+            queue_depth: Family::default(),
+            batch_size: Family::new_with_constructor(batch_sizes),
+            moves: Family::default(),
+            checksum_failures: Family::default(),
+        };
+        let mut registry = Registry::with_prefix("keepwarm");
+        let r = &mut registry;
+        r.register("restore_seconds", "Time to bring a session into HBM", metrics.restore_seconds.clone());
+        r.register("ttft_seconds", "Time to first token", metrics.ttft_seconds.clone());
+        r.register("lookups", "Activations by what they found", metrics.lookups.clone());
+        r.register(
+            "prefill_tokens_avoided",
+            "Tokens that were not computed again",
+            metrics.prefill_avoided.clone(),
+        );
+        r.register(
+            "checkpoint_lag_bytes",
+            "Bytes of ended turns without a pinned copy",
+            metrics.lag_bytes.clone(),
+        );
+        r.register("checkpoint_lag_seconds", "Duration of the last checkpoint", metrics.lag_seconds.clone());
+        r.register("sessions", "Sessions by state", metrics.sessions.clone());
+        r.register("tier_bytes", "Arena bytes by tier and kind", metrics.tier_bytes.clone());
+        r.register("evictions", "Sessions evicted by tier and reason", metrics.evictions.clone());
+        r.register("rejects", "Requests refused by code", metrics.rejects.clone());
+        r.register("leases", "Leases by state", metrics.leases.clone());
+        r.register("contexts", "Contexts by model, GPU and state", metrics.contexts.clone());
+        r.register("queue_depth", "Requests that wait for a model", metrics.queue_depth.clone());
+        r.register("batch_size", "Sequences in a step", metrics.batch_size.clone());
+        r.register("moves_bytes", "Bytes moved between tiers", metrics.moves.clone());
+        r.register("checksum_failures", "Blocks refused by checksum", metrics.checksum_failures.clone());
+        metrics.registry = registry;
+        metrics
+    }
+}
+
+impl Metrics {
+    /// Everything, as Prometheus (OpenMetrics) text.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        if encode(&mut text, &self.registry).is_err() {
+            tracing::error!("the metrics could not be written as text");
+        }
+        text
+    }
+
+    /// A session came into HBM.
+    pub fn restored(&self, source: Source, took: Duration, bytes: Bytes) {
+        self.restore_seconds.get_or_create(&BySource { source: source.word() }).observe(took.as_secs_f64());
+        if bytes > Bytes::ZERO {
+            self.moved("pinned", "hbm", bytes);
+        }
+    }
+
+    /// Bytes moved between tiers.
+    pub fn moved(&self, from: &'static str, to: &'static str, bytes: Bytes) {
+        self.moves.get_or_create(&ByMove { from, to }).inc_by(bytes.0);
+    }
+
+    /// An answer's first token.
+    pub fn ttft(&self, source: Source, took: Duration) {
+        self.ttft_seconds.get_or_create(&BySource { source: source.word() }).observe(took.as_secs_f64());
+    }
+
+    /// An activation's look-up.
+    pub fn lookup(&self, result: &'static str, reason: &'static str) {
+        self.lookups.get_or_create(&ByResult { result, reason }).inc();
+    }
+
+    /// Tokens that were not computed again.
+    pub fn prefill_avoided(&self, tokens: u64) {
+        self.prefill_avoided.inc_by(tokens);
+    }
+
+    /// A checkpoint began (positive) or ended (negative).
+    pub fn checkpoint(&self, bytes: i64) {
+        self.lag_bytes.inc_by(bytes);
+    }
+
+    /// How long a checkpoint took.
+    pub fn checkpoint_took(&self, took: Duration) {
+        self.lag_seconds.set(took.as_secs_f64());
+    }
+
+    /// Sessions of a state, as counted now.
+    pub fn set_sessions(&self, state: &'static str, count: i64) {
+        self.sessions.get_or_create(&ByState { state }).set(count);
+    }
+
+    /// An arena's figures.
+    pub fn set_tier(&self, tier: &str, figures: &crate::handle::ArenaInfo) {
+        for (kind, bytes) in
+            [("used", figures.used), ("reserved", figures.reserved), ("largest_free", figures.largest_free)]
+        {
+            let gauge = self.tier_bytes.get_or_create(&ByTier { tier: tier.to_owned(), kind }).clone();
+            gauge.set(i64::try_from(bytes.0).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Leases running.
+    pub fn set_leases(&self, count: i64) {
+        self.leases.get_or_create(&ByState { state: "running" }).set(count);
+    }
+
+    /// A session left a tier.
+    pub fn evicted(&self, tier: Tier, why: EvictReason) {
+        self.evictions.get_or_create(&ByEviction { tier: tier.word(), reason: why.word() }).inc();
+    }
+
+    /// A request was refused.
+    pub fn reject(&self, code: &str) {
+        self.rejects.get_or_create(&ByCode { code: code.to_owned() }).inc();
+    }
+
+    /// Contexts of a model on a GPU.
+    pub fn set_contexts(&self, model: &str, gpu: u16, state: &'static str, count: i64) {
+        self.contexts
+            .get_or_create(&ByContext { model: model.to_owned(), gpu: gpu.into(), state })
+            .set(count);
+    }
+
+    /// Requests that wait for a model.
+    pub fn set_queue_depth(&self, model: &str, depth: i64) {
+        self.queue_depth.get_or_create(&ByModel { model: model.to_owned() }).set(depth);
+    }
+
+    /// Sequences in a step.
+    pub fn batch(&self, model: &str, sequences: usize) {
+        self.batch_size.get_or_create(&ByModel { model: model.to_owned() }).observe(sequences as f64);
+    }
+
+    /// A block did not have its checksum.
+    pub fn checksum_failed(&self, at: &'static str) {
+        self.checksum_failures.get_or_create(&ByPlace { r#where: at }).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_contracts_names_are_there() {
+        let metrics = Metrics::default();
+        metrics.restored(Source::Pinned, Duration::from_millis(3), Bytes(10));
+        metrics.reject("leased");
+        metrics.checksum_failed("read");
+        let text = metrics.encode();
+        for name in [
+            "keepwarm_restore_seconds_count{source=\"pinned\"} 1",
+            "keepwarm_rejects_total{code=\"leased\"} 1",
+            "where=\"read\"",
+        ] {
+            assert!(text.contains(name), "{name} is not in:\n{text}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Supervision.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use keepwarm_core::residency::{Residency, ResidencySettings};
+use keepwarm_core::shard::{Shard, ShardSettings};
+use keepwarm_memory::Arena;
+use keepwarm_types::{Bytes, Generation, ShardId, Timestamp};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+
+use crate::clock::now;
+use crate::gpu::{GpuActor, GpuArgs};
+use crate::handle::Handle;
+use crate::pinned::{PinnedActor, PinnedArgs};
+use crate::router::{RouterActor, RouterArgs};
+use crate::shard::{ShardActor, ShardArgs};
+
+/// Restarts of one actor in a process; after the last it stays down.
+const RESTARTS_MAX: u32 = 5;
+
+pub(super) struct NodeActor;
+
+pub(super) struct NodeArgs {
+    pub(super) handle: Handle,
+    pub(super) pinned: Arena,
+    pub(super) deadlines: Arc<Vec<Arc<AtomicU64>>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Child {
+    Shard(usize),
+    Gpu(usize),
+    Pinned,
+    Router,
+}
+
+pub(super) struct NodeState {
+    handle: Handle,
+    deadlines: Arc<Vec<Arc<AtomicU64>>>,
+    children: HashMap<ActorId, Child>,
+    restarts: HashMap<Child, u32>,
+}
+
+impl Actor for NodeActor {
+    type Msg = ();
+    type State = NodeState;
+    type Arguments = NodeArgs;
+
+    async fn pre_start(&self, myself: ActorRef<()>, args: NodeArgs) -> Result<NodeState, ActorProcessingErr> {
+        let NodeArgs { handle, pinned, deadlines } = args;
+        let mut state = NodeState { handle, deadlines, children: HashMap::new(), restarts: HashMap::new() };
+        let supervisor = myself.get_cell();
+        let handle = state.handle.clone();
+        let inner = handle.inner();
+        let residency = residency(&state.handle, pinned.figures().reserved, false);
+        let links = Arc::clone(&inner.links);
+        let args = PinnedArgs { arena: pinned, residency, links, metrics: Arc::clone(&inner.metrics) };
+        let (actor, _) = Actor::spawn_linked(None, PinnedActor, args, supervisor.clone()).await?;
+        state.children.insert(actor.get_id(), Child::Pinned);
+        inner.links.set_pinned(actor);
+        let args = RouterArgs { boards: inner.boards.clone() };
+        let (actor, _) = Actor::spawn_linked(None, RouterActor, args, supervisor.clone()).await?;
+        state.children.insert(actor.get_id(), Child::Router);
+        inner.links.set_router(actor);
+        for index in 0..inner.boards.len() {
+            state.start_gpu(index, &supervisor).await?;
+        }
+        for index in 0..inner.links.count.get() as usize {
+            state.start_shard(index, &supervisor, true).await?;
+        }
+        Ok(state)
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<()>,
+        event: SupervisionEvent,
+        state: &mut NodeState,
+    ) -> Result<(), ActorProcessingErr> {
+        let SupervisionEvent::ActorFailed(cell, error) = event else { return Ok(()) };
+        let Some(child) = state.children.remove(&cell.get_id()) else { return Ok(()) };
+        tracing::error!(?child, %error, "an actor failed");
+        state.handle.note_failure(None, format!("actor {child:?} failed: {error}"));
+        let restarts = state.restarts.entry(child).or_default();
+        *restarts += 1;
+        let again = *restarts <= RESTARTS_MAX;
+        let supervisor = myself.get_cell();
+        match child {
+            Child::Gpu(index) if again => state.start_gpu(index, &supervisor).await?,
+            Child::Gpu(index) => {
+                let board = &state.handle.inner().boards[index];
+                board.take_down();
+                board.device().fence("its actor failed again and again");
+            }
+            Child::Shard(index) if again => state.start_shard(index, &supervisor, false).await?,
+            Child::Shard(_) | Child::Pinned | Child::Router => {
+                state.handle.fail(format!("{child:?} failed: {error}"))
+            }
+        }
+        Ok(())
+    }
+}
+
+impl NodeState {
+    async fn start_gpu(&mut self, index: usize, supervisor: &ActorCell) -> Result<(), ActorProcessingErr> {
+        let inner = self.handle.inner();
+        let board = Arc::clone(&inner.boards[index]);
+        let capacity = board.device().arena().figures().reserved;
+        let args = GpuArgs {
+            board,
+            residency: residency(&self.handle, capacity, true),
+            metrics: Arc::clone(&inner.metrics),
+        };
+        let (actor, _) = Actor::spawn_linked(None, GpuActor, args, supervisor.clone()).await?;
+        self.children.insert(actor.get_id(), Child::Gpu(index));
+        inner.links.set_gpu(index, actor);
+        Ok(())
+    }
+
+    /// Starts a shard from what the catalog has; `first` at the node's start.
+    async fn start_shard(
+        &mut self,
+        index: usize,
+        supervisor: &ActorCell,
+        first: bool,
+    ) -> Result<(), ActorProcessingErr> {
+        let inner = self.handle.inner();
+        let id = ShardId(u32::try_from(index)?);
+        let settings = ShardSettings {
+            shard: id,
+            count: inner.links.count,
+            node: inner.name.clone(),
+            generation: Generation(1),
+            incarnation: inner.incarnation,
+        };
+        let (manifests, tombstones) = (inner.catalog.manifests(id)?, inner.catalog.tombstones(id)?);
+        if first {
+            manifests.iter().for_each(|manifest| inner.book.recovered(&manifest.key.tenant));
+        }
+        let core = Shard::recover(settings, now(), manifests, tombstones);
+        let deadline = Arc::clone(&self.deadlines[index]);
+        deadline.store(Timestamp::NEVER.0, Ordering::Relaxed);
+        let args = ShardArgs { core, catalog: inner.catalog.clone(), handle: self.handle.clone(), deadline };
+        let (actor, _) = Actor::spawn_linked(None, ShardActor, args, supervisor.clone()).await?;
+        self.children.insert(actor.get_id(), Child::Shard(index));
+        inner.links.set_shard(index, actor);
+        Ok(())
+    }
+}
+
+fn residency(handle: &Handle, capacity: Bytes, inclusive: bool) -> Residency {
+    let config = &handle.inner().config;
+    let tier = if inclusive { config.hbm } else { config.pinned };
+    let shares = config.tenants.iter().map(|tenant| (tenant.name.clone(), tenant.share)).collect();
+    Residency::new(ResidencySettings { capacity, low: tier.low, high: tier.high, inclusive, shares })
+}

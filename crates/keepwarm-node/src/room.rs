@@ -1,0 +1,147 @@
+//! Waiting for room in an arena: what gpu and pinned have in common.
+//!
+//! The residency decides who leaves; the arena decides whether blocks fit. A request that the residency has
+//! granted but the arena cannot serve (its free bytes lie in extents of another size) asks again for an
+//! extent more, a few times.
+
+use std::collections::HashMap;
+
+use keepwarm_core::residency::{DenyReason, NeedId, Residency, ResidencyCommand, ResidencyEvent};
+use keepwarm_memory::{Arena, BlockMut, OutOfMemory};
+use keepwarm_types::{Bytes, Millis, Owner, Tier, Timestamp};
+use tokio::sync::oneshot;
+
+use crate::error::Error;
+
+/// How often a granted request may find that its blocks still do not fit.
+const ATTEMPTS_MAX: u32 = 4;
+
+/// Blocks that somebody waits for.
+pub(crate) struct Want {
+    pub(crate) owner: Owner,
+    pub(crate) sizes: Vec<(Bytes, usize)>,
+    /// Bytes that must stay free besides.
+    pub(crate) kept: Bytes,
+    pub(crate) deadline: Timestamp,
+    pub(crate) reply: oneshot::Sender<Result<Vec<BlockMut>, Error>>,
+}
+
+impl Want {
+    fn bytes(&self) -> Bytes {
+        Bytes(self.sizes.iter().map(|(size, count)| size.0.next_multiple_of(64) * *count as u64).sum())
+    }
+}
+
+/// An arena, its residency, and who waits for room.
+pub(crate) struct Room {
+    pub(crate) arena: Arena,
+    pub(crate) residency: Residency,
+    tier: Tier,
+    wants: HashMap<NeedId, (Want, u32)>,
+    next: u64,
+}
+
+impl Room {
+    pub(crate) fn new(arena: Arena, residency: Residency, tier: Tier) -> Self {
+        Self { arena, residency, tier, wants: HashMap::new(), next: 0 }
+    }
+
+    /// Serves a want now, or lets it wait. Returns what the residency wants done.
+    pub(crate) fn want(&mut self, now: Timestamp, want: Want) -> Vec<ResidencyCommand> {
+        self.try_serve(now, want, 0)
+    }
+
+    /// Feeds the residency and answers whoever it grants or denies; evictions are the caller's to carry out.
+    pub(crate) fn on(&mut self, now: Timestamp, event: ResidencyEvent) -> Vec<ResidencyCommand> {
+        let mut evictions = Vec::new();
+        let mut commands = self.residency.on(now, event);
+        commands.extend(self.residency.on(now, self.used()));
+        self.carry(now, commands, &mut evictions);
+        evictions
+    }
+
+    fn used(&self) -> ResidencyEvent {
+        ResidencyEvent::Used(self.arena.figures().used)
+    }
+
+    fn carry(
+        &mut self,
+        now: Timestamp,
+        commands: Vec<ResidencyCommand>,
+        evictions: &mut Vec<ResidencyCommand>,
+    ) {
+        for command in commands {
+            match command {
+                ResidencyCommand::Evict { .. } => evictions.push(command),
+                ResidencyCommand::Grant(need) => {
+                    if let Some((want, attempts)) = self.wants.remove(&need) {
+                        evictions.extend(self.try_serve(now, want, attempts + 1));
+                    }
+                }
+                ResidencyCommand::Deny { need, reason, retry_after } => {
+                    if let Some((want, _)) = self.wants.remove(&need) {
+                        let wanted = want.bytes();
+                        let _ = want.reply.send(Err(self.no_capacity(wanted, reason.text(), retry_after)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn no_capacity(&self, wanted: Bytes, reason: &str, retry_after: Millis) -> Error {
+        Error::NoCapacity { tier: self.tier, wanted, reason: reason.to_owned(), retry_after }
+    }
+
+    fn try_serve(&mut self, now: Timestamp, want: Want, attempts: u32) -> Vec<ResidencyCommand> {
+        if want.reply.is_closed() {
+            return Vec::new();
+        }
+        let figures = self.arena.figures();
+        let bytes = want.bytes();
+        if figures.used + bytes + want.kept <= figures.reserved {
+            match allocate(&self.arena, &want.owner, &want.sizes) {
+                Ok(blocks) => {
+                    let _ = want.reply.send(Ok(blocks));
+                    return Vec::new();
+                }
+                Err(OutOfMemory::Full { .. }) => {}
+                Err(error) => {
+                    let _ = want.reply.send(Err(self.no_capacity(bytes, &error.to_string(), Millis(1000))));
+                    return Vec::new();
+                }
+            }
+        }
+        if attempts >= ATTEMPTS_MAX {
+            let reason = DenyReason::NothingMayMove.text();
+            let _ = want.reply.send(Err(self.no_capacity(bytes, reason, Millis(1000))));
+            return Vec::new();
+        }
+        // Blocks of this size may be short although bytes are not: ask for more than the free bytes.
+        let free = figures.reserved.saturating_sub(figures.used);
+        let fits = attempts == 0 && bytes + want.kept > free;
+        let asked = if fits { bytes + want.kept } else { (free + bytes).max(bytes + want.kept) };
+        self.next += 1;
+        let need = NeedId(self.next);
+        let event = ResidencyEvent::Need {
+            need,
+            tenant: want.owner.tenant.clone(),
+            bytes: Bytes(asked.0.min(figures.reserved.0)),
+            deadline: want.deadline,
+        };
+        self.wants.insert(need, (want, attempts));
+        self.on(now, event)
+    }
+}
+
+/// All blocks or none.
+pub(crate) fn allocate(
+    arena: &Arena,
+    owner: &Owner,
+    sizes: &[(Bytes, usize)],
+) -> Result<Vec<BlockMut>, OutOfMemory> {
+    let mut blocks = Vec::new();
+    for (size, count) in sizes {
+        blocks.extend(arena.allocate(owner, *size, *count)?);
+    }
+    Ok(blocks)
+}
