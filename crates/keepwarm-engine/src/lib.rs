@@ -1,1 +1,5 @@
-//! Executors, batchers and the built-in Llama engine.
+//! Executors, batchers and the built-in engine.
+//!
+//! - [`chat`]: what a chat backend asks of an executor, and what comes back.
+
+pub mod chat;

@@ -64,12 +64,23 @@ pub struct BlockMut {
 
 impl fmt::Debug for BlockMut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BlockMut({}@{}, {}/{})", self.memory.arena.name, self.memory.offset, self.written, self.memory.capacity)
+        write!(
+            f,
+            "BlockMut({}@{}, {}/{})",
+            self.memory.arena.name, self.memory.offset, self.written, self.memory.capacity
+        )
     }
 }
 
 impl BlockMut {
-    pub(crate) fn new(arena: Arc<Shared>, slot: Slot, offset: u64, capacity: usize, owner: Owner, scrub: bool) -> Self {
+    pub(crate) fn new(
+        arena: Arc<Shared>,
+        slot: Slot,
+        offset: u64,
+        capacity: usize,
+        owner: Owner,
+        scrub: bool,
+    ) -> Self {
         let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant };
         Self { memory, birth: owner.birth, written: 0, scrub }
     }
@@ -152,7 +163,10 @@ impl BlockMut {
     }
 
     fn into_block(self, length: usize, instance: InstanceId, checksum: BlockChecksum) -> Block {
-        Block { sealed: Arc::new(Sealed { memory: self.memory, length, instance, checksum }), birth: self.birth }
+        Block {
+            sealed: Arc::new(Sealed { memory: self.memory, length, instance, checksum }),
+            birth: self.birth,
+        }
     }
 }
 
@@ -173,7 +187,11 @@ pub struct Block {
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sealed = &self.sealed;
-        write!(f, "Block({}@{}, instance {}, {} bytes)", sealed.memory.arena.name, sealed.memory.offset, sealed.instance.0, sealed.length)
+        write!(
+            f,
+            "Block({}@{}, instance {}, {} bytes)",
+            sealed.memory.arena.name, sealed.memory.offset, sealed.instance.0, sealed.length
+        )
     }
 }
 
@@ -261,9 +279,16 @@ impl Block {
 
     pub(crate) fn flip_bit(&self, bit: u64) {
         let byte = usize::try_from(bit / 8).expect("keepwarm runs on 64-bit targets");
-        assert!(byte < self.sealed.length, "bit {bit} lies outside the block of {} bytes", self.sealed.length);
+        assert!(
+            byte < self.sealed.length,
+            "bit {bit} lies outside the block of {} bytes",
+            self.sealed.length
+        );
         // SAFETY: in bounds; a racing reader may see either value, which is what failing memory does.
-        unsafe { self.sealed.memory.arena.region.slice_mut(self.sealed.memory.offset + byte as u64, 1)[0] ^= 1 << (bit % 8) };
+        unsafe {
+            self.sealed.memory.arena.region.slice_mut(self.sealed.memory.offset + byte as u64, 1)[0] ^=
+                1 << (bit % 8)
+        };
     }
 }
 

@@ -14,7 +14,9 @@ pub enum ReserveError {
     #[error("cannot reserve {0}: an arena needs at least {1}")]
     Size(Bytes, Bytes),
     /// The system refused.
-    #[error("cannot reserve {size}: {cause}; ask for less, or check `ulimit -v` and the container's memory limit")]
+    #[error(
+        "cannot reserve {size}: {cause}; ask for less, or check `ulimit -v` and the container's memory limit"
+    )]
     System {
         /// How much was asked.
         size: Bytes,
@@ -86,7 +88,10 @@ impl Region {
     ///
     /// # Safety
     /// Nobody else may read or write the range while the slice lives.
-    #[expect(clippy::mut_from_ref, reason = "disjoint ranges of one mapping; exclusivity is the caller's duty")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "disjoint ranges of one mapping; exclusivity is the caller's duty"
+    )]
     pub(crate) unsafe fn slice_mut(&self, offset: u64, len: usize) -> &mut [u8] {
         let offset = self.check(offset, len);
         // SAFETY: in bounds by `check`; the caller rules out any other user; the mapping lives as long as `self`.
@@ -96,7 +101,11 @@ impl Region {
     fn check(&self, offset: u64, len: usize) -> usize {
         let start = usize::try_from(offset).expect("keepwarm runs on 64-bit targets");
         let end = start.checked_add(len).expect("a range of memory does not overflow");
-        assert!(end <= self.map.len(), "range {start}..{end} lies outside the region of {} bytes", self.map.len());
+        assert!(
+            end <= self.map.len(),
+            "range {start}..{end} lies outside the region of {} bytes",
+            self.map.len()
+        );
         start
     }
 }

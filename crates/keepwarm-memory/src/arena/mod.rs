@@ -14,8 +14,8 @@ use keepwarm_types::{Bytes, Owner, TenantName};
 use crate::fault::FaultPlan;
 use crate::guard::BlockMut;
 use crate::region::{LockReport, Region, ReserveError};
-use table::{Past, Table};
 pub(crate) use table::Slot;
+use table::{Past, Table};
 
 /// Size of an extent, where the settings do not say otherwise: the largest block fits one.
 pub const EXTENT_BYTES: u64 = 64 << 20;
@@ -148,7 +148,10 @@ impl Arena {
         Self::with_faults(settings, None)
     }
 
-    pub(crate) fn with_faults(settings: &ArenaSettings, faults: Option<Arc<FaultPlan>>) -> Result<Self, ReserveError> {
+    pub(crate) fn with_faults(
+        settings: &ArenaSettings,
+        faults: Option<Arc<FaultPlan>>,
+    ) -> Result<Self, ReserveError> {
         let extent = settings.extent.0 / BLOCK_ALIGN * BLOCK_ALIGN;
         if extent < EXTENT_BYTES_MIN || settings.bytes.0 < extent {
             return Err(ReserveError::Size(settings.bytes, Bytes(extent.max(EXTENT_BYTES_MIN))));

@@ -69,7 +69,13 @@ impl Table {
 
     /// Slots that `size` could still have.
     fn available(&self, size: u64) -> u64 {
-        let open: u64 = self.open.get(&size).into_iter().flatten().map(|e| self.extents[*e as usize].free.len() as u64).sum();
+        let open: u64 = self
+            .open
+            .get(&size)
+            .into_iter()
+            .flatten()
+            .map(|e| self.extents[*e as usize].free.len() as u64)
+            .sum();
         open + self.free.len() as u64 * u64::from(self.slots(size))
     }
 
@@ -134,8 +140,11 @@ impl Table {
         let reserved = self.extent_bytes * self.extents.len() as u64;
         let free = reserved - self.used;
         let free_extents = self.extent_bytes * self.free.len() as u64;
-        let largest =
-            if self.free.is_empty() { self.open.keys().next_back().copied().unwrap_or(0) } else { self.extent_bytes };
+        let largest = if self.free.is_empty() {
+            self.open.keys().next_back().copied().unwrap_or(0)
+        } else {
+            self.extent_bytes
+        };
         ArenaFigures {
             reserved: Bytes(reserved),
             used: Bytes(self.used),

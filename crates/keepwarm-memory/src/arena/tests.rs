@@ -11,7 +11,8 @@ fn owner(tenant: &str, birth: u64) -> Owner {
 }
 
 fn arena(bytes: u64, extent: u64) -> Arena {
-    let settings = ArenaSettings { name: "test".to_owned(), bytes: Bytes(bytes), extent: Bytes(extent), lock: false };
+    let settings =
+        ArenaSettings { name: "test".to_owned(), bytes: Bytes(bytes), extent: Bytes(extent), lock: false };
     Arena::reserve(&settings).unwrap()
 }
 

@@ -102,7 +102,10 @@ impl Device for HostDevice {
     }
 
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError> {
-        let refuse = |cause, jobs: Vec<Job>| TransferError { cause, targets: jobs.into_iter().map(|job| job.target).collect() };
+        let refuse = |cause, jobs: Vec<Job>| TransferError {
+            cause,
+            targets: jobs.into_iter().map(|job| job.target).collect(),
+        };
         if let Err(cause) = self.health.check() {
             return Err(refuse(cause, jobs));
         }

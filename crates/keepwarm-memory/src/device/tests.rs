@@ -20,7 +20,12 @@ struct Bench {
 
 fn bench() -> Bench {
     let faults = Arc::new(FaultPlan::default());
-    let settings = |name: &str| ArenaSettings { name: name.to_owned(), bytes: Bytes(4 << 20), extent: Bytes(1 << 20), lock: false };
+    let settings = |name: &str| ArenaSettings {
+        name: name.to_owned(),
+        bytes: Bytes(4 << 20),
+        extent: Bytes(1 << 20),
+        lock: false,
+    };
     Bench {
         owner: Owner { tenant: "acme".parse().unwrap(), birth: Birth::from_random(1) },
         pinned: Arena::reserve(&settings("pinned")).unwrap(),
@@ -60,7 +65,9 @@ fn a_bit_flipped_on_the_way_is_refused_and_the_memory_comes_back() {
     let sources = [bench.filled(1), bench.filled(2)];
     bench.faults.flip_after(1);
     let error = block_on(bench.device.submit(Direction::In, bench.jobs(&sources)).unwrap()).unwrap_err();
-    assert!(matches!(error.cause, DeviceError::Corrupt(ref corrupt) if corrupt.instance == sources[1].instance()));
+    assert!(
+        matches!(error.cause, DeviceError::Corrupt(ref corrupt) if corrupt.instance == sources[1].instance())
+    );
     drop(error);
     assert_eq!(bench.device.arena().figures().used, Bytes(0));
     assert_eq!(bench.device.state(), DeviceState::Up, "corruption in transit does not fence");

@@ -1,0 +1,88 @@
+//! What operators see, over HTTP.
+
+use keepwarm_node::{ArenaInfo, ClusterInfo, GpuInfo, GpuState, NodeEvent, NodeInfo, ShardInfo};
+use serde_json::{Value, json};
+
+use super::time::rfc3339;
+
+fn arena(arena: &ArenaInfo) -> Value {
+    json!({
+        "reserved_bytes": arena.reserved.0,
+        "used_bytes": arena.used.0,
+        "largest_free_bytes": arena.largest_free.0,
+        "fragmentation": arena.fragmentation,
+    })
+}
+
+pub(crate) fn gpu(info: &GpuInfo) -> Value {
+    let (state, reason) = match &info.state {
+        GpuState::Up => ("up", None),
+        GpuState::Fenced(reason) => ("fenced", Some(reason)),
+    };
+    let contexts = info.contexts.iter().map(|context| {
+        json!({"model": context.model, "busy": context.busy, "idle": context.idle, "bytes": context.bytes.0})
+    });
+    json!({
+        "gpu": info.index.0,
+        "device": info.device,
+        "state": state,
+        "reason": reason,
+        "arena": arena(&info.arena),
+        "sessions": info.sessions,
+        "leases": info.leases,
+        "contexts": contexts.collect::<Vec<_>>(),
+        "dirty_bytes": info.dirty.0,
+    })
+}
+
+pub(crate) fn node(info: &NodeInfo) -> Value {
+    json!({
+        "name": info.name.to_string(),
+        "status": info.status,
+        "incarnation": info.incarnation.0,
+        "http": info.http,
+        "gpus": info.gpus.iter().map(gpu).collect::<Vec<_>>(),
+        "pinned": {
+            "arena": arena(&info.pinned.arena),
+            "locked": info.pinned.locked.is_ok(),
+            "reason": info.pinned.locked.as_ref().err(),
+            "sessions": info.pinned.sessions,
+        },
+        "safe_to_stop": info.safe_to_stop.is_ok(),
+        "reason": info.safe_to_stop.as_ref().err(),
+    })
+}
+
+pub(crate) fn cluster(info: &ClusterInfo) -> Value {
+    json!({
+        "name": info.name,
+        "nodes": info.nodes.iter().map(node).collect::<Vec<_>>(),
+        "shards": info.shards,
+        "replication": info.replication,
+        "under_replicated_shards": info.under_replicated_shards,
+        "under_replicated_sessions": info.under_replicated_sessions,
+        "spec": {"version": info.spec_version, "hash": info.spec_hash},
+        "registry_leader": info.registry_leader.to_string(),
+    })
+}
+
+pub(crate) fn shard(info: &ShardInfo) -> Value {
+    json!({
+        "shard": info.id.0,
+        "generation": info.generation.0,
+        "replicas": info.replicas.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "sessions": info.sessions,
+    })
+}
+
+/// An event as the tenant `tenant` may see it; an admin sees all.
+pub(crate) fn event(event: &NodeEvent) -> Value {
+    json!({
+        "at": rfc3339(event.at),
+        "kind": event.kind,
+        "session": event.session.as_ref().map(|key| key.id.to_string()),
+        "detail": event.detail,
+        "bytes": event.bytes.0,
+        "duration_ms": event.duration.0,
+    })
+}

@@ -1,0 +1,126 @@
+//! What operators and probes ask.
+
+use std::convert::Infallible;
+
+use axum::Json as Answer;
+use axum::extract::{Path, RawQuery, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::{Stream, StreamExt};
+use keepwarm_types::TenantName;
+use serde_json::{Value, json};
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
+
+use super::{ApiState, KEEP_ALIVE};
+use crate::auth::Caller;
+use crate::dto::cluster;
+use crate::dto::session::receipt;
+use crate::problem::Problem;
+
+/// End each of a tenant's sessions.
+#[utoipa::path(post, path = "/v1/tenants/{name}/purge", tag = "admin", params(("name" = String, Path)),
+    responses((status = 200, description = "A receipt for each"), (status = "default", description = "A problem document")))]
+pub(crate) async fn purge(
+    State(state): State<ApiState>,
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Result<Response, Problem> {
+    caller.require_admin()?;
+    let tenant: TenantName = name.parse().map_err(|error| Problem::field("name", error))?;
+    let receipts = state.handle.purge(&tenant).await?;
+    Ok(Answer(json!({"receipts": receipts.iter().map(receipt).collect::<Vec<_>>()})).into_response())
+}
+
+/// The cluster, as this node sees it.
+#[utoipa::path(get, path = "/v1/cluster", tag = "admin",
+    responses((status = 200, description = "Nodes, shards, spec, leader"), (status = "default", description = "A problem document")))]
+pub(crate) async fn cluster(State(state): State<ApiState>, _: Caller) -> Result<Answer<Value>, Problem> {
+    Ok(Answer(cluster::cluster(&state.handle.cluster().await?)))
+}
+
+/// The shard map.
+#[utoipa::path(get, path = "/v1/cluster/shards", tag = "admin",
+    responses((status = 200, description = "Each shard with its replicas"), (status = "default", description = "A problem document")))]
+pub(crate) async fn shards(State(state): State<ApiState>, _: Caller) -> Answer<Value> {
+    let shards = state.handle.shards().await;
+    Answer(json!({"shards": shards.iter().map(cluster::shard).collect::<Vec<_>>()}))
+}
+
+/// This node's GPUs.
+#[utoipa::path(get, path = "/v1/gpus", tag = "admin",
+    responses((status = 200, description = "Arena, contexts, leases, state"), (status = "default", description = "A problem document")))]
+pub(crate) async fn gpus(State(state): State<ApiState>, _: Caller) -> Answer<Value> {
+    Answer(json!({"gpus": state.handle.gpus().iter().map(cluster::gpu).collect::<Vec<_>>()}))
+}
+
+/// A node, and whether it is safe to stop.
+#[utoipa::path(get, path = "/v1/nodes/{node}", tag = "admin", params(("node" = String, Path)),
+    responses((status = 200, description = "The node"), (status = "default", description = "A problem document")))]
+pub(crate) async fn node(
+    State(state): State<ApiState>,
+    _: Caller,
+    Path(name): Path<String>,
+) -> Result<Answer<Value>, Problem> {
+    if name != state.handle.name().as_str() {
+        return Err(keepwarm_node::Error::UnknownNode(name).into());
+    }
+    Ok(Answer(cluster::node(&state.handle.node().await?)))
+}
+
+/// Moves, placements and failures as they happen.
+#[utoipa::path(get, path = "/v1/events", tag = "admin",
+    responses((status = 200, description = "Server-sent events", content_type = "text/event-stream"),
+        (status = "default", description = "A problem document")))]
+pub(crate) async fn events(
+    State(state): State<ApiState>,
+    caller: Caller,
+) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    let seen = BroadcastStream::new(state.handle.events()).filter_map(move |event| {
+        let event = match event {
+            Ok(event) => {
+                // What names no session is the operator's; what names one is its tenant's.
+                let whose = event.session.as_ref().map(|key| &key.tenant);
+                let may = caller.admin || whose == Some(&caller.tenant);
+                may.then(|| Event::default().event(event.kind).data(cluster::event(&event).to_string()))
+            }
+            Err(BroadcastStreamRecvError::Lagged(missed)) => {
+                Some(Event::default().event("lagged").data(json!({"missed": missed}).to_string()))
+            }
+        };
+        futures::future::ready(event.map(Ok))
+    });
+    Sse::new(seen).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+}
+
+/// The process is alive.
+#[utoipa::path(get, path = "/healthz", tag = "probes", responses((status = 200, description = "ok")))]
+pub(crate) async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// The node serves; with `?full`, every copy is in place too.
+#[utoipa::path(get, path = "/readyz", tag = "probes", params(("full" = Option<bool>, Query)),
+    responses((status = 200, description = "ready"), (status = 503, description = "The reasons why not")))]
+pub(crate) async fn readyz(State(state): State<ApiState>, RawQuery(query): RawQuery) -> Response {
+    let full = query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("full")));
+    match state.handle.ready(full) {
+        Ok(()) => Answer(json!({"ready": true})).into_response(),
+        Err(reasons) => {
+            let mut response =
+                (StatusCode::SERVICE_UNAVAILABLE, Answer(json!({"ready": false, "reasons": reasons})))
+                    .into_response();
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            response
+        }
+    }
+}
+
+/// Prometheus text.
+#[utoipa::path(get, path = "/metrics", tag = "probes",
+    responses((status = 200, description = "OpenMetrics text", content_type = "application/openmetrics-text")))]
+pub(crate) async fn metrics(State(state): State<ApiState>) -> Response {
+    let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    ([(header::CONTENT_TYPE, kind)], state.handle.metrics().encode()).into_response()
+}

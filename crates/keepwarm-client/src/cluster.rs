@@ -1,0 +1,144 @@
+//! What operators see: nodes, GPUs, shards.
+
+use serde::{Deserialize, Serialize};
+
+/// Figures of an arena, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Arena {
+    /// Reserved at start.
+    pub reserved_bytes: u64,
+    /// In blocks that somebody holds.
+    pub used_bytes: u64,
+    /// Largest free piece.
+    #[serde(default)]
+    pub largest_free_bytes: u64,
+    /// Share of the free bytes that are bound to one block size, 0 to 1.
+    #[serde(default)]
+    pub fragmentation: f64,
+}
+
+impl Arena {
+    /// Share in use, 0 to 1.
+    #[must_use]
+    pub fn fill(&self) -> f64 {
+        if self.reserved_bytes == 0 { 0.0 } else { self.used_bytes as f64 / self.reserved_bytes as f64 }
+    }
+}
+
+/// Contexts of a model on a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contexts {
+    /// Which model.
+    pub model: String,
+    /// At work.
+    pub busy: u32,
+    /// Idle.
+    pub idle: u32,
+    /// Bytes of their scratch.
+    pub bytes: u64,
+}
+
+/// A GPU.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// Its place in the spec.
+    pub gpu: u16,
+    /// The device, as the spec names it.
+    pub device: String,
+    /// `up` or `fenced`.
+    pub state: String,
+    /// Why it is fenced.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Its memory.
+    pub arena: Arena,
+    /// Sessions resident.
+    pub sessions: u64,
+    /// Leases running.
+    pub leases: u64,
+    /// Per model.
+    #[serde(default)]
+    pub contexts: Vec<Contexts>,
+    /// Committed bytes without a pinned copy yet.
+    #[serde(default)]
+    pub dirty_bytes: u64,
+}
+
+/// Page-locked memory of a node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pinned {
+    /// Its memory.
+    pub arena: Arena,
+    /// Whether its pages are locked.
+    pub locked: bool,
+    /// Why they are not.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Sessions resident.
+    pub sessions: u64,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// `up` or `draining`.
+    pub status: String,
+    /// Which start of it.
+    pub incarnation: u64,
+    /// Where it answers.
+    pub http: String,
+    /// Its GPUs.
+    pub gpus: Vec<Gpu>,
+    /// Its pinned memory.
+    pub pinned: Pinned,
+    /// Whether stopping it now would cost no needed copy.
+    pub safe_to_stop: bool,
+    /// What speaks against it.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// The spec that is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Its version.
+    pub version: u64,
+    /// BLAKE3 of its text.
+    pub hash: String,
+}
+
+/// The cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Its name.
+    pub name: String,
+    /// Its nodes.
+    pub nodes: Vec<Node>,
+    /// Number of shards.
+    pub shards: u32,
+    /// Copies that the spec asks for.
+    pub replication: u32,
+    /// Shards with fewer replicas than promised.
+    pub under_replicated_shards: u64,
+    /// Sessions with fewer holders than promised.
+    pub under_replicated_sessions: u64,
+    /// The spec in force.
+    pub spec: Spec,
+    /// Who leads the registry.
+    pub registry_leader: String,
+}
+
+/// A shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Which.
+    pub shard: u32,
+    /// +1 at each change of its replicas.
+    pub generation: u64,
+    /// The owner first.
+    pub replicas: Vec<String>,
+    /// Sessions in it.
+    pub sessions: u64,
+}
