@@ -3,27 +3,22 @@
 use std::fmt;
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// An error answer: `application/problem+json` (RFC 9457).
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// HTTP status.
     pub status: u16,
     /// Stable code: `cold`, `leased`, `no_capacity`, ….
     pub code: String,
     /// In a sentence.
-    #[serde(default)]
     pub detail: String,
     /// The request's id, as the server's log has it.
-    #[serde(default)]
     pub request_id: String,
     /// Members that go with the code: `length_tokens`, `expires_at`, `field`, ….
-    #[serde(flatten)]
     pub members: Map<String, Value>,
     /// When to come again, where the server said so.
-    #[serde(skip)]
     pub retry_after: Option<Duration>,
 }
 
@@ -42,17 +37,15 @@ impl Problem {
 
     /// From an answer whose body may be anything: a proxy's page becomes a problem without a code of ours.
     pub(crate) fn from_answer(status: u16, body: &[u8], retry_after: Option<Duration>) -> Self {
-        match serde_json::from_slice::<Self>(body) {
-            Ok(problem) => Self { retry_after, ..problem },
-            Err(_) => Self {
-                status,
-                code: "not_keepwarm".to_owned(),
-                detail: excerpt(body),
-                request_id: String::new(),
-                members: Map::new(),
-                retry_after,
-            },
-        }
+        let mut members: Map<String, Value> = serde_json::from_slice(body).unwrap_or_default();
+        let mut text = |name: &str| match members.remove(name) {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        };
+        let code = text("code").unwrap_or_else(|| "not_keepwarm".to_owned());
+        let detail = text("detail").unwrap_or_else(|| excerpt(body));
+        let request_id = text("request_id").unwrap_or_default();
+        Self { status, code, detail, request_id, members, retry_after }
     }
 }
 

@@ -42,18 +42,19 @@ mod sse;
 mod verbs;
 
 pub use body::PartBody;
-pub use calls::{ArchiveReader, ChatStream, PartReader, Readiness, SessionFilter, WriteOptions};
-pub use chat::{ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, Model, Usage};
-pub use client::{Client, ClientBuilder};
-pub use cluster::{
-    Arena, Cluster, Contexts, Gpu, NewPurge, Node, NodeSummary, Pinned, Purged, Shard, ShardPage,
+pub use calls::{ArchiveReader, ChatStream, PartReader, Readiness, Selection, SessionFilter, WriteOptions};
+pub use chat::{
+    ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, Model, PromptDetails, Usage,
 };
+pub use client::{Client, ClientBuilder};
+pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Shard, Spec};
 pub use error::{ClientError, Problem};
 pub use etag::{Etag, ParseEtagError};
 pub use session::{
-    Form, Home, Layout, LeaseInfo, NewSession, PartLayout, PartState, Protect, Session, SessionPage, TierBytes,
+    Form, Home, Layout, LeaseInfo, NewSession, Order, PartLayout, PartState, Protect, Session, SessionPage,
+    State, TierBytes,
 };
 pub use verbs::{
     Activation, Checkpoint, Commit, Deleted, Explanation, Fork, Freed, Lease, Length, Match, Move, Placement,
-    StoredMessage, Transcript, Verdict, Written,
+    Residency, StoredMessage, Transcript, Verdict, Written,
 };

@@ -113,7 +113,9 @@ impl<'de> Deserialize<'de> for Protect {
         match Either::deserialize(deserializer)? {
             Either::Number(seconds) => Ok(Self::Seconds(seconds)),
             Either::Word(word) if word == FOREVER => Ok(Self::Forever),
-            Either::Word(word) => Err(D::Error::custom(format!("'{word}' is neither seconds nor \"{FOREVER}\""))),
+            Either::Word(word) => {
+                Err(D::Error::custom(format!("'{word}' is neither seconds nor \"{FOREVER}\"")))
+            }
         }
     }
 }

@@ -75,7 +75,8 @@ impl SseParser {
 mod tests {
     use super::*;
 
-    const STREAM: &str = ": hello\n\ndata: one\n\nevent: x\r\nid: 4\r\ndata:two\r\ndata:  lines\r\n\r\ndata: é\r\rdata\n\n";
+    const STREAM: &str =
+        ": hello\n\ndata: one\n\nevent: x\r\nid: 4\r\ndata:two\r\ndata:  lines\r\n\r\ndata: é\r\rdata\n\n";
 
     fn events(chunk: usize) -> Vec<String> {
         let mut parser = SseParser::default();

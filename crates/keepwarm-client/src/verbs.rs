@@ -272,7 +272,10 @@ mod tests {
         assert_eq!(serde_json::from_str::<Written>(committed).unwrap().revision(), Some(3));
         let staged = r#"{"staged":true,"txn":"0197a3c2-6d0e-7b1a-9c54-2f6d8a3be041","length_bytes":9,
                          "expires_at":"2026-01-01T00:00:00Z"}"#;
-        assert!(matches!(serde_json::from_str::<Written>(staged).unwrap(), Written::Staged { length_bytes: 9, .. }));
+        assert!(matches!(
+            serde_json::from_str::<Written>(staged).unwrap(),
+            Written::Staged { length_bytes: 9, .. }
+        ));
     }
 
     #[test]
