@@ -65,6 +65,19 @@ impl Handle {
         }
     }
 
+    /// Leases a session without bringing it anywhere: for a turn that runs uncached.
+    ///
+    /// # Errors
+    /// [`Error`]; no lease is held then.
+    pub async fn lease(&self, key: &SessionKey, ttl: Millis) -> Result<(LeaseGrant, Home), Error> {
+        let permit = self.admit()?;
+        let home = Home { node: self.name().clone(), gpu: GpuIndex(0) };
+        let verb = Verb::Activate { lease: LeaseId(Uuid::new_v4()), ttl, home: home.clone() };
+        let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
+        let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
+        Ok((*grant, home))
+    }
+
     /// Where the session shall run.
     async fn place(
         &self,

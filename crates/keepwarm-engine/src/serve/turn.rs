@@ -1,0 +1,535 @@
+//! A turn from the call to its commit.
+
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use keepwarm_config::ModelConfig;
+use keepwarm_core::session::{
+    Etag, Form, Labels, Layout, LayoutError, Message, Order, PROTECT_DEFAULT, Part, Planes, Protect, TranscriptDelta,
+};
+use keepwarm_core::shard::Refusal;
+use keepwarm_memory::Block;
+use keepwarm_node::{
+    ActivateRequest, ContextInfo, CreateRequest, Error, ForkRequest, Handle, TurnPart, TurnRequest,
+};
+use keepwarm_types::{Bytes, GpuIndex, LeaseId, Millis, Owner, SessionKey, Source, Tokens};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::branch::{Gates, Pass, Stored, shared_messages};
+use super::kv::{GpuKv, State, shape};
+use super::replay::Replays;
+use super::runner::{Job, Outcome, QUEUE_MAX, Runner};
+use crate::chat::{
+    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, ChatStream, EVENTS_AHEAD, Finished, ModelInfo, Prompt, Started,
+};
+use crate::model::{HeapKv, LoadError, Model, Sampler, Sampling};
+use crate::text::StopMatcher;
+
+/// Tokens of an answer, where the call does not say.
+const MAX_TOKENS_DEFAULT: usize = 512;
+/// The lease of a turn: longer than any answer takes.
+const TURN_LEASE: Millis = Millis(600_000);
+
+/// Why a service did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// A model could not be loaded.
+    #[error("model '{name}': {cause}")]
+    Load {
+        /// Which.
+        name: String,
+        /// Why.
+        cause: LoadError,
+    },
+    /// A source that this version does not know.
+    #[error("model '{name}': source '{source_text}' is neither gguf:PATH nor tiny:SEED")]
+    Source {
+        /// Which.
+        name: String,
+        /// What was given.
+        source_text: String,
+    },
+    /// Its state makes no layout.
+    #[error("model '{name}': {cause}")]
+    Layout {
+        /// Which.
+        name: String,
+        /// Why.
+        cause: LayoutError,
+    },
+    /// A thread could not be started.
+    #[error("model '{name}': {cause}")]
+    Thread {
+        /// Which.
+        name: String,
+        /// Why.
+        cause: std::io::Error,
+    },
+}
+
+#[derive(Debug)]
+struct Served {
+    info: ModelInfo,
+    model: Arc<Model>,
+    layout: Arc<Layout>,
+    runner: Runner,
+    /// A slot in the batch, taken before memory is.
+    slots: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    handle: Handle,
+    models: Vec<Served>,
+    gates: Arc<Gates>,
+    replays: Replays,
+}
+
+/// The built-in engine: models over a node's sessions.
+#[derive(Debug, Clone)]
+pub struct Service {
+    inner: Arc<Inner>,
+}
+
+/// What a call continues, and from where.
+struct Plan {
+    key: SessionKey,
+    tokens: Vec<u32>,
+    /// Tokens of the stored transcript that stay.
+    keep_tokens: usize,
+    keep_messages: usize,
+    /// New messages of the history, with their ends in `tokens`.
+    messages: Vec<Message>,
+    diverged_at: Option<Tokens>,
+    conversation: bool,
+}
+
+/// A session at work.
+struct Held {
+    lease: LeaseId,
+    gpu: GpuIndex,
+    plan: Plan,
+    _pass: Pass,
+}
+
+fn load(config: &ModelConfig) -> Result<Model, ServiceError> {
+    let name = config.name.clone();
+    match config.source.split_once(':') {
+        Some(("gguf", path)) => Model::load(Path::new(path)).map_err(|cause| ServiceError::Load { name, cause }),
+        Some(("tiny", seed)) if seed.parse::<u64>().is_ok() => Ok(Model::tiny(seed.parse().unwrap_or_default())),
+        _ => Err(ServiceError::Source { name, source_text: config.source.clone() }),
+    }
+}
+
+fn layout_of(name: &str, model: &Model) -> Result<Arc<Layout>, LayoutError> {
+    let g = model.geometry();
+    let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let planes = Planes {
+        tokens_per_block: small(g.tokens_per_block),
+        planes: small(g.planes()),
+        plane_bytes_per_token: small(g.plane_bytes_per_token()),
+        order: Order::Plane,
+    };
+    let part = Part { name: "kv".parse()?, form: Form::Paged(planes) };
+    Layout::new(name, model.fingerprint(), vec![part]).map(Arc::new)
+}
+
+impl Service {
+    /// Loads the models of a configuration and starts their threads. Blocks while it reads files.
+    ///
+    /// # Errors
+    /// [`ServiceError`] naming the model.
+    pub fn start(handle: &Handle, models: &[ModelConfig]) -> Result<Self, ServiceError> {
+        let serve = |config: &ModelConfig| {
+            let name = config.name.clone();
+            let model = Arc::new(load(config)?);
+            let layout = layout_of(&name, &model).map_err(|cause| ServiceError::Layout { name: name.clone(), cause })?;
+            let metrics = Arc::clone(handle.metrics());
+            let runner = Runner::start(&name, Arc::clone(&model), config.batch, metrics);
+            let runner = runner.map_err(|cause| ServiceError::Thread { name: name.clone(), cause })?;
+            let info = ModelInfo {
+                name,
+                fingerprint: model.fingerprint().to_owned(),
+                context: model.geometry().context,
+                kv_bytes_per_token: model.geometry().kv_bytes_per_token() as u64,
+                random: model.is_random(),
+                loaded_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            };
+            let slots = Arc::new(Semaphore::new(config.batch.max as usize));
+            Ok(Served { info, model, layout, runner, slots, waiting: Arc::new(Semaphore::new(QUEUE_MAX)) })
+        };
+        let models = models.iter().map(serve).collect::<Result<_, _>>()?;
+        let inner = Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Replays::default() };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    async fn begin(&self, request: ChatRequest) -> Result<ChatStream, ChatError> {
+        let arrived = Instant::now();
+        let inner = &self.inner;
+        let known = || inner.models.iter().map(|served| served.info.name.as_str()).collect::<Vec<_>>().join(", ");
+        let unknown = || ChatError::UnknownModel { name: request.model.clone(), known: known() };
+        let at = inner.models.iter().position(|served| served.info.name == request.model).ok_or_else(unknown)?;
+        let other_call = |()| ChatError::InvalidField {
+            field: "Idempotency-Key".to_owned(),
+            reason: "the key was used for another call".to_owned(),
+        };
+        if let Some(replay) = inner.replays.find(&request).map_err(other_call)? {
+            let (send, receive) = mpsc::channel(3);
+            for event in [ChatEvent::Started(replay.started), ChatEvent::Text(replay.text), ChatEvent::Finished(replay.finished)] {
+                let _ = send.try_send(event);
+            }
+            return Ok(receive);
+        }
+        let served = &inner.models[at];
+        let waiting = Arc::clone(&served.waiting).try_acquire_owned().map_err(|_| ChatError::Overloaded("for the model"))?;
+        inner.report(served);
+        let (held, tokens) = match request.session {
+            None => (None, inner.plain(served, &request.prompt)?),
+            Some(session) => {
+                let key = SessionKey::new(request.tenant.clone(), session.id);
+                let pass = inner.gates.enter(&key).await?;
+                let plan = inner.plan(served, &key, &request.prompt, session.if_match).await?;
+                let tokens = plan.tokens.clone();
+                (Some((plan, pass)), tokens)
+            }
+        };
+        let context = served.info.context;
+        if tokens.len() >= context {
+            return Err(ChatError::TooLong { tokens: tokens.len(), context });
+        }
+        let max_new = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT).min(context - tokens.len());
+        let slot = Arc::clone(&served.slots).acquire_owned().await.map_err(|_| ChatError::Overloaded("for the model"))?;
+        drop(waiting);
+        let prompt_tokens = tokens.len();
+        let (state, cached, source, held) = match held {
+            None => (State::Heap(HeapKv::new(served.model.geometry(), tokens.len() + max_new)), 0, Source::None, None),
+            Some((plan, pass)) => inner.hold(served, plan, pass, max_new).await?,
+        };
+        let started = Started {
+            session: held.as_ref().map(|held| held.plan.key.id),
+            source,
+            diverged_at: held.as_ref().and_then(|held| held.plan.diverged_at),
+            prompt_tokens,
+            cached_tokens: cached,
+        };
+        inner.handle.metrics().prefill_avoided(cached as u64);
+        let (events, receive) = mpsc::channel(EVENTS_AHEAD);
+        let (done, outcome) = oneshot::channel();
+        let _ = events.try_send(ChatEvent::Started(started));
+        let sampling = Sampling { temperature: request.temperature, top_p: request.top_p, seed: request.seed.unwrap_or_else(seed) };
+        let job = Job {
+            state,
+            tokens,
+            cached,
+            max_new,
+            sampler: Sampler::new(sampling),
+            stop: StopMatcher::new(request.stop.clone()),
+            arrived,
+            events: events.clone(),
+            done,
+        };
+        if served.runner.submit(job).is_err() {
+            inner.let_go(held).await;
+            return Err(ChatError::Overloaded("for the model"));
+        }
+        let service = self.clone();
+        tokio::spawn(async move { service.end(at, request, started, held, outcome, events, slot).await });
+        Ok(receive)
+    }
+
+    /// Waits for the sequence and commits its turn.
+    #[expect(clippy::too_many_arguments, reason = "the parts of one turn, each used once")]
+    async fn end(
+        self,
+        at: usize,
+        request: ChatRequest,
+        started: Started,
+        held: Option<Held>,
+        outcome: oneshot::Receiver<Outcome>,
+        events: mpsc::Sender<ChatEvent>,
+        slot: OwnedSemaphorePermit,
+    ) {
+        let inner = &self.inner;
+        let Ok(outcome) = outcome.await else {
+            inner.let_go(held).await;
+            let _ = events.send(ChatEvent::Failed(ChatError::Model("its thread has ended".to_owned()))).await;
+            return;
+        };
+        drop(slot);
+        let served = &inner.models[at];
+        inner.report(served);
+        inner.handle.metrics().ttft(started.source, outcome.ttft);
+        if let Some(reason) = outcome.failed {
+            inner.let_go(held).await;
+            let _ = events.send(ChatEvent::Failed(ChatError::Model(reason))).await;
+            return;
+        }
+        if outcome.abandoned {
+            inner.let_go(held).await;
+            return;
+        }
+        let uncached = held.is_some() && matches!(outcome.state, State::Heap(_));
+        let mut finished = Finished {
+            reason: outcome.reason,
+            completion_tokens: outcome.completion_tokens,
+            etag: None,
+            ttft: outcome.ttft,
+            uncached,
+        };
+        let text = outcome.text.clone();
+        if let Some(held) = held {
+            match inner.commit(served, held, outcome).await {
+                Ok(etag) => finished.etag = Some(etag),
+                Err(error) => {
+                    let _ = events.send(ChatEvent::Failed(error.into())).await;
+                    return;
+                }
+            }
+        }
+        inner.replays.keep(&request, started, text, finished);
+        let _ = events.send(ChatEvent::Finished(finished)).await;
+    }
+}
+
+fn seed() -> u64 {
+    uuid::Uuid::new_v4().as_u128() as u64
+}
+
+fn text_error(error: impl std::fmt::Display) -> ChatError {
+    ChatError::InvalidField { field: "messages".to_owned(), reason: error.to_string() }
+}
+
+impl Inner {
+    /// A call without a session: its tokens.
+    fn plain(&self, served: &Served, prompt: &Prompt) -> Result<Vec<u32>, ChatError> {
+        let tokenizer = served.model.tokenizer();
+        let tokens = match prompt {
+            Prompt::Messages(messages) => tokenizer.render(messages).map_err(text_error)?.tokens,
+            Prompt::Text(text) => tokenizer.encode(text).map_err(text_error)?,
+        };
+        if tokens.is_empty() {
+            return Err(ChatError::InvalidField { field: "prompt".to_owned(), reason: "has no tokens".to_owned() });
+        }
+        Ok(tokens)
+    }
+
+    async fn stored(&self, key: &SessionKey) -> Result<Stored, Error> {
+        let (info, transcript) = self.handle.transcript(key).await?;
+        Ok(Stored { info, transcript })
+    }
+
+    /// The session, made if it is new, and its branches.
+    async fn family(&self, served: &Served, key: &SessionKey) -> Result<Vec<Stored>, ChatError> {
+        let root = match self.stored(key).await {
+            Err(Error::Refused(Refusal::UnknownSession | Refusal::Expired { .. })) => {
+                let request = CreateRequest {
+                    id: Some(key.id),
+                    layout: Arc::clone(&served.layout),
+                    protect: Protect::For(PROTECT_DEFAULT),
+                    ttl: None,
+                    labels: Labels::new(),
+                    near: None,
+                };
+                self.handle.create(&key.tenant, request).await?;
+                self.stored(key).await?
+            }
+            other => other?,
+        };
+        if root.info.manifest.layout.hash() != served.layout.hash() {
+            return Err(Error::Refused(Refusal::LayoutMismatch).into());
+        }
+        let mut family = vec![root];
+        for branch in family[0].info.manifest.branches.clone() {
+            // A branch that has ended since is no candidate.
+            if let Ok(stored) = self.stored(&SessionKey::new(key.tenant.clone(), branch)).await {
+                family.push(stored);
+            }
+        }
+        Ok(family)
+    }
+
+    /// Compares a call with what is stored, forking where it leaves that.
+    async fn plan(&self, served: &Served, key: &SessionKey, prompt: &Prompt, if_match: Option<Etag>) -> Result<Plan, ChatError> {
+        let mut family = self.family(served, key).await?;
+        let history: Vec<ChatMessage> = match (prompt, if_match) {
+            (Prompt::Text(text), _) => return self.plan_text(served, family, text).await,
+            (Prompt::Messages(messages), None) => messages.clone(),
+            (Prompt::Messages(messages), Some(etag)) => {
+                let at = family.iter().position(|stored| stored.is_at(etag));
+                let Some(at) = at else {
+                    let manifest = &family[0].info.manifest;
+                    let refusal = Refusal::RevisionMismatch {
+                        birth: manifest.birth,
+                        revision: manifest.revision,
+                        length_tokens: manifest.length_tokens,
+                        last_write_id: manifest.writes.last().map(|memo| memo.id),
+                    };
+                    return Err(Error::Refused(refusal).into());
+                };
+                family.swap(0, at);
+                family.truncate(1);
+                let before = family[0].transcript.messages.iter();
+                let before = before.map(|message| ChatMessage { role: message.role.clone(), content: message.content.clone() });
+                before.chain(messages.iter().cloned()).collect()
+            }
+        };
+        let shared = |stored: &Stored| shared_messages(&stored.transcript.messages, &history);
+        let whole = |stored: &Stored| shared(stored) == stored.transcript.messages.len();
+        let best = (0..family.len()).max_by_key(|at| (shared(&family[*at]), whole(&family[*at]), std::cmp::Reverse(*at)));
+        let stored = family.swap_remove(best.unwrap_or(0));
+        let common = shared(&stored);
+        if common == history.len() && whole(&stored) {
+            let reason = "the history ends where the stored one does: there is nothing to answer".to_owned();
+            return Err(ChatError::InvalidField { field: "messages".to_owned(), reason });
+        }
+        let keep = stored.tokens_of(common);
+        let rendered = served.model.tokenizer().render_after(&history, common).map_err(text_error)?;
+        let messages = history[common..].iter().zip(&rendered.ends).map(|(message, end)| Message {
+            role: message.role.clone(),
+            content: message.content.clone(),
+            tokens_end: Tokens((keep + end) as u64),
+        });
+        let messages = messages.collect();
+        let leaves = !whole(&stored) || keep != stored.transcript.tokens.len();
+        let (key, diverged_at) = self.branch(&stored, keep, common, leaves).await?;
+        let mut tokens = stored.transcript.tokens;
+        tokens.truncate(keep);
+        tokens.extend(rendered.tokens);
+        Ok(Plan { key, tokens, keep_tokens: keep, keep_messages: common, messages, diverged_at, conversation: true })
+    }
+
+    async fn plan_text(&self, served: &Served, mut family: Vec<Stored>, text: &str) -> Result<Plan, ChatError> {
+        let tokens = self.plain(served, &Prompt::Text(text.to_owned()))?;
+        let shared = |stored: &Stored| stored.transcript.tokens.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        let best = (0..family.len()).max_by_key(|at| (shared(&family[*at]), std::cmp::Reverse(*at)));
+        let stored = family.swap_remove(best.unwrap_or(0));
+        let keep = shared(&stored);
+        let messages = stored.transcript.messages.iter().take_while(|message| message.tokens_end.as_usize() <= keep).count();
+        let leaves = keep != stored.transcript.tokens.len();
+        let (key, diverged_at) = self.branch(&stored, keep, messages, leaves).await?;
+        let messages_kept = messages;
+        Ok(Plan { key, tokens, keep_tokens: keep, keep_messages: messages_kept, messages: Vec::new(), diverged_at, conversation: false })
+    }
+
+    /// The session to go on in: the stored one, or a fork of it.
+    async fn branch(&self, stored: &Stored, keep: usize, messages: usize, leaves: bool) -> Result<(SessionKey, Option<Tokens>), ChatError> {
+        let key = stored.info.manifest.key.clone();
+        if !leaves {
+            return Ok((key, None));
+        }
+        self.handle.settled(&key).await?;
+        let request = ForkRequest {
+            length: Some(Tokens(keep as u64)),
+            keep_messages: Some(u32::try_from(messages).unwrap_or(u32::MAX)),
+            branch: true,
+            ..ForkRequest::default()
+        };
+        let (_, child) = self.handle.fork(&key, request).await?;
+        Ok((child.manifest.key.clone(), Some(Tokens(keep as u64))))
+    }
+
+    /// Activates the session and gives the sequence its state: in the GPU's blocks, or on the heap where
+    /// there is no room.
+    async fn hold(&self, served: &Served, plan: Plan, pass: Pass, max_new: usize) -> Result<(State, usize, Source, Option<Held>), ChatError> {
+        let g = served.model.geometry();
+        let heap = || State::Heap(HeapKv::new(g, plan.tokens.len() + max_new));
+        let request = ActivateRequest { ttl: Some(TURN_LEASE), ..ActivateRequest::default() };
+        let (lease, gpu, manifest, blocks, source) = match self.handle.activate(&plan.key, request).await {
+            Ok(activation) => {
+                let blocks = activation.blocks.into_iter().next().unwrap_or_default();
+                (activation.lease.id, activation.home.gpu, activation.manifest, blocks, activation.source)
+            }
+            Err(Error::NoCapacity { .. } | Error::Unavailable { .. }) => {
+                let (grant, home) = self.handle.lease(&plan.key, TURN_LEASE).await?;
+                let held = Held { lease: grant.lease.id, gpu: home.gpu, plan, _pass: pass };
+                let state = State::Heap(HeapKv::new(g, held.plan.tokens.len() + max_new));
+                return Ok((state, 0, Source::None, Some(held)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let committed = if source == Source::None { 0 } else { manifest.length_tokens.as_usize() };
+        let cached = committed.min(plan.keep_tokens).min(plan.tokens.len() - 1);
+        let owner = Owner { tenant: plan.key.tenant.clone(), birth: manifest.birth };
+        let state = self.working(served, &owner, gpu, &blocks, cached, plan.tokens.len() + max_new).await;
+        let (state, cached, source) = match state {
+            Some(state) => (state, cached, if cached == 0 { Source::None } else { source }),
+            None => (heap(), 0, Source::None),
+        };
+        Ok((state, cached, source, Some(Held { lease, gpu, plan, _pass: pass })))
+    }
+
+    /// Working blocks behind what is cached; none where there is no room.
+    async fn working(&self, served: &Served, owner: &Owner, gpu: GpuIndex, blocks: &[Block], cached: usize, tokens: usize) -> Option<State> {
+        let g = served.model.geometry();
+        let count = tokens.div_ceil(g.tokens_per_block) - cached / g.tokens_per_block + 1;
+        let working = self.handle.scratch(owner, gpu, Bytes(g.block_bytes() as u64), count).await;
+        let working = working.inspect_err(|error| tracing::info!(%error, "a turn runs uncached")).ok()?;
+        GpuKv::new(shape(g), owner.clone(), blocks, cached, working).map(State::Gpu)
+    }
+
+    /// Gives back what a turn held that will not be committed.
+    async fn let_go(&self, held: Option<Held>) {
+        if let Some(held) = held {
+            // A lease that ended meanwhile is given back already.
+            let _ = self.handle.release(&held.plan.key, held.lease).await;
+        }
+    }
+
+    /// Commits a turn: the transcript now, the state behind it.
+    async fn commit(&self, served: &Served, held: Held, outcome: Outcome) -> Result<Etag, Error> {
+        let Held { lease, gpu, plan, _pass } = held;
+        let total = Tokens(outcome.tokens.len() as u64);
+        let mut messages = plan.messages;
+        if plan.conversation {
+            messages.push(Message { role: "assistant".to_owned(), content: outcome.text, tokens_end: total });
+        }
+        let parts = match outcome.state {
+            State::Heap(_) => Vec::new(),
+            State::Gpu(kv) => {
+                let first = kv.first_own();
+                let blocks = kv.seal(outcome.fed).map_err(Error::Internal)?;
+                let length = Bytes((outcome.fed * served.model.geometry().kv_bytes_per_token()) as u64);
+                vec![TurnPart { part: 0, first_block: u32::try_from(first).unwrap_or(u32::MAX), blocks, length }]
+            }
+        };
+        let transcript = TranscriptDelta {
+            keep_tokens: Tokens(plan.keep_tokens as u64),
+            keep_messages: u32::try_from(plan.keep_messages).unwrap_or(u32::MAX),
+            tokens: outcome.tokens[plan.keep_tokens..].to_vec(),
+            messages,
+        };
+        let turn = self.handle.turn(&plan.key, TurnRequest { lease, gpu, transcript, parts }).await;
+        match turn {
+            Ok(done) => Ok(done.etag),
+            Err(error) => {
+                let _ = self.handle.release(&plan.key, lease).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Tells the node what runs.
+    fn report(&self, served: &Served) {
+        let busy = u32::from(served.runner.active() > 0);
+        let info = ContextInfo { model: served.info.name.clone(), busy, idle: 1 - busy, bytes: Bytes::ZERO };
+        if !self.handle.gpus().is_empty() {
+            self.handle.report_contexts(GpuIndex(0), info);
+        }
+        let waiting = QUEUE_MAX - served.waiting.available_permits();
+        self.handle.metrics().set_queue_depth(&served.info.name, i64::try_from(waiting).unwrap_or(i64::MAX));
+    }
+}
+
+impl ChatBackend for Service {
+    fn models(&self) -> Vec<ModelInfo> {
+        self.inner.models.iter().map(|served| served.info.clone()).collect()
+    }
+
+    fn chat(&self, request: ChatRequest) -> Pin<Box<dyn Future<Output = Result<ChatStream, ChatError>> + Send + '_>> {
+        Box::pin(self.begin(request))
+    }
+}
+
