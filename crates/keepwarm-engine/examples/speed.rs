@@ -18,7 +18,9 @@ fn main() {
         let mut kv = HeapKv::new(model.geometry(), context + 1);
         let started = Instant::now();
         for (at, chunk) in tokens[..context].chunks(128).enumerate() {
-            model.step(&mut [Step { tokens: chunk, position: at * 128, kv: &mut kv, logits: false }]).unwrap();
+            model
+                .step(&mut [Step { tokens: chunk, position: at * 128, kv: &mut kv, logits: false }])
+                .unwrap();
         }
         println!("prefill {context}: {:.0} tokens/s", context as f64 / started.elapsed().as_secs_f64());
     }
@@ -29,9 +31,17 @@ fn main() {
         }
         let started = Instant::now();
         for position in 256..320 {
-            let steps = kvs.iter_mut().map(|kv| Step { tokens: &tokens[position..=position], position, kv, logits: true });
+            let steps = kvs.iter_mut().map(|kv| Step {
+                tokens: &tokens[position..=position],
+                position,
+                kv,
+                logits: true,
+            });
             model.step(&mut steps.collect::<Vec<_>>()).unwrap();
         }
-        println!("decode of {batch}: {:.0} tokens/s", 64.0 * f64::from(batch) / started.elapsed().as_secs_f64());
+        println!(
+            "decode of {batch}: {:.0} tokens/s",
+            64.0 * f64::from(batch) / started.elapsed().as_secs_f64()
+        );
     }
 }

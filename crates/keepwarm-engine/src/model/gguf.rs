@@ -78,9 +78,14 @@ impl Model {
         let tokenizer = Tokenizer::from_gguf(&reader.content.metadata)
             .map_err(|cause| LoadError::Text { path: path.to_owned(), cause })?;
         if tokenizer.size() != geometry.vocab {
-            return Err(broken(format!("{} tokens are named, {} have embeddings", tokenizer.size(), geometry.vocab)));
+            return Err(broken(format!(
+                "{} tokens are named, {} have embeddings",
+                tokenizer.size(),
+                geometry.vocab
+            )));
         }
-        let layers = (0..geometry.layers).map(|layer| reader.layer(layer, &geometry)).collect::<Result<_, _>>()?;
+        let layers =
+            (0..geometry.layers).map(|layer| reader.layer(layer, &geometry)).collect::<Result<_, _>>()?;
         let embedding = reader.tensor("token_embd.weight", &[geometry.vocab, geometry.width])?;
         let unembedding = match reader.content.tensor_infos.contains_key("output.weight") {
             true => reader.tensor("output.weight", &[geometry.vocab, geometry.width])?,
@@ -103,13 +108,21 @@ impl Reader<'_> {
 
     /// Every tensor must lie inside the file: a download that was cut short is found before it is used.
     fn check_length(&self) -> Result<(), LoadError> {
-        let file = self.file.get_ref().metadata().map_err(|cause| LoadError::Io { path: self.path.to_owned(), cause })?;
+        let file = self
+            .file
+            .get_ref()
+            .metadata()
+            .map_err(|cause| LoadError::Io { path: self.path.to_owned(), cause })?;
         for (name, info) in &self.content.tensor_infos {
             let values = info.shape.elem_count();
             let bytes = values / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
-            let end = self.content.tensor_data_offset.saturating_add(info.offset).saturating_add(bytes as u64);
+            let end =
+                self.content.tensor_data_offset.saturating_add(info.offset).saturating_add(bytes as u64);
             if end > file.len() {
-                return Err(self.broken(format!("it has {} bytes, and '{name}' ends at {end}: it was cut short", file.len())));
+                return Err(self.broken(format!(
+                    "it has {} bytes, and '{name}' ends at {end}: it was cut short",
+                    file.len()
+                )));
             }
         }
         Ok(())
@@ -137,21 +150,28 @@ impl Reader<'_> {
     }
 
     fn geometry(&self) -> Result<Geometry, LoadError> {
-        let architecture = self.value("general.architecture")?.to_string().map_err(|error| self.broken(error.to_string()))?;
+        let architecture = self
+            .value("general.architecture")?
+            .to_string()
+            .map_err(|error| self.broken(error.to_string()))?;
         if architecture != "llama" {
             return Err(LoadError::Architecture { path: self.path.to_owned(), found: architecture.clone() });
         }
         let (width, heads) = (self.size("llama.embedding_length")?, self.size("llama.attention.head_count")?);
         let kv_heads = self.size("llama.attention.head_count_kv").unwrap_or(heads);
         let embedding = self.content.tensor_infos.get("token_embd.weight");
-        let vocab = embedding.map(|info| info.shape.dims()).filter(|dims| dims.len() == 2).map(|dims| dims[0]);
+        let vocab =
+            embedding.map(|info| info.shape.dims()).filter(|dims| dims.len() == 2).map(|dims| dims[0]);
         let vocab = vocab.ok_or_else(|| self.broken("'token_embd.weight' is missing"))?;
         if width % heads != 0 || heads % kv_heads != 0 || (width / heads) % 2 != 0 {
-            return Err(self.broken(format!("{heads} heads and {kv_heads} KV heads do not divide a width of {width}")));
+            return Err(self
+                .broken(format!("{heads} heads and {kv_heads} KV heads do not divide a width of {width}")));
         }
         let rotated = self.size("llama.rope.dimension_count").unwrap_or(width / heads);
         if rotated != width / heads {
-            return Err(self.broken(format!("a rotation of {rotated} of {} values is not served", width / heads)));
+            return Err(
+                self.broken(format!("a rotation of {rotated} of {} values is not served", width / heads))
+            );
         }
         Ok(Geometry {
             layers: self.size("llama.block_count")?,
@@ -184,7 +204,8 @@ impl Reader<'_> {
 
     /// Matrices of the same input side by side, as `inner x columns`.
     fn beside(&self, tensors: &[Tensor]) -> Result<Tensor, LoadError> {
-        let joined = Tensor::cat(tensors, 0).and_then(|joined| joined.t()).and_then(|turned| turned.contiguous());
+        let joined =
+            Tensor::cat(tensors, 0).and_then(|joined| joined.t()).and_then(|turned| turned.contiguous());
         joined.map_err(|error| self.broken(error.to_string()))
     }
 

@@ -75,7 +75,12 @@ pub(super) fn softmax(row: &mut [f32], valid: usize) {
 }
 
 /// `rows x inner` times `inner x columns`: each row's result is the same whatever the other rows are.
-pub(super) fn product(mut rows: Vec<f32>, count: usize, inner: usize, right: &Tensor) -> Result<Vec<f32>, StepError> {
+pub(super) fn product(
+    mut rows: Vec<f32>,
+    count: usize,
+    inner: usize,
+    right: &Tensor,
+) -> Result<Vec<f32>, StepError> {
     let padded = count.max(ROWS_MIN);
     rows.resize(padded * inner, 0.0);
     let left = Tensor::from_vec(rows, (padded, inner), &Device::Cpu)?;
@@ -109,16 +114,31 @@ mod tests {
     /// with at least eight rows.
     #[test]
     fn rows_do_not_depend_on_their_batch() {
-        let plain = [(576, 576), (576, 960), (576, 3072), (1536, 576), (256, 64), (64, 128), (64, 64), (64, 256), (128, 64), (256, 16)];
+        let plain = [
+            (576, 576),
+            (576, 960),
+            (576, 3072),
+            (1536, 576),
+            (256, 64),
+            (64, 128),
+            (64, 64),
+            (64, 256),
+            (128, 64),
+            (256, 16),
+        ];
         let transposed = [(64, 256), (16, 256), (576, 49_152), (64, 259)];
-        let shapes = plain.iter().map(|shape| (shape, false)).chain(transposed.iter().map(|shape| (shape, true)));
+        let shapes =
+            plain.iter().map(|shape| (shape, false)).chain(transposed.iter().map(|shape| (shape, true)));
         for ((inner, columns), transposed) in shapes {
             let right = Tensor::randn(0f32, 1.0, (*columns, *inner), &Device::Cpu).unwrap().t().unwrap();
             let right = if transposed { right } else { right.contiguous().unwrap() };
             let rows = Tensor::randn(0f32, 1.0, (300, *inner), &Device::Cpu).unwrap();
             let rows = rows.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let all = product(rows.clone(), 300, *inner, &right).unwrap();
-            for count in [1, 2, 3, 5, 8, 9, 13, 16, 17, 24, 31, 33, 48, 64, 65, 100, 128, 129, 257].into_iter().filter(|n| !transposed || *n >= 8) {
+            for count in [1, 2, 3, 5, 8, 9, 13, 16, 17, 24, 31, 33, 48, 64, 65, 100, 128, 129, 257]
+                .into_iter()
+                .filter(|n| !transposed || *n >= 8)
+            {
                 let some = product(rows[..count * inner].to_vec(), count, *inner, &right).unwrap();
                 let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "{count} rows of {inner} x {columns}, transposed: {transposed}");

@@ -38,8 +38,9 @@ impl Sampler {
         if self.0.temperature <= 0.0 {
             return greedy.0 as u32;
         }
-        let mut weights: Vec<(usize, f32)> =
-            indexed().map(|(token, logit)| (token, ((logit - greedy.1) / self.0.temperature).exp())).collect();
+        let mut weights: Vec<(usize, f32)> = indexed()
+            .map(|(token, logit)| (token, ((logit - greedy.1) / self.0.temperature).exp()))
+            .collect();
         let total: f32 = weights.iter().map(|(_, weight)| weight).sum();
         if self.0.top_p < 1.0 {
             weights.sort_unstable_by(|a, b| best(b, a));
@@ -82,7 +83,9 @@ mod tests {
     #[test]
     fn a_seed_and_a_position_give_one_token() {
         let logits: Vec<f32> = (0..50).map(|n| (n as f32).sin()).collect();
-        let draw = |seed| (0..20).map(|position| sampler(1.0, 0.9, seed).choose(&logits, position)).collect::<Vec<_>>();
+        let draw = |seed| {
+            (0..20).map(|position| sampler(1.0, 0.9, seed).choose(&logits, position)).collect::<Vec<_>>()
+        };
         assert_eq!(draw(3), draw(3));
         assert_ne!(draw(3), draw(4));
     }
@@ -91,7 +94,8 @@ mod tests {
     fn a_small_nucleus_leaves_the_best() {
         let logits = [0.0, 5.0, 1.0];
         assert!((0..50).all(|position| sampler(1.0, 0.1, 7).choose(&logits, position) == 1));
-        let seen: std::collections::HashSet<_> = (0..500).map(|position| sampler(5.0, 1.0, 7).choose(&logits, position)).collect();
+        let seen: std::collections::HashSet<_> =
+            (0..500).map(|position| sampler(5.0, 1.0, 7).choose(&logits, position)).collect();
         assert_eq!(seen.len(), 3, "a high temperature takes each at times");
     }
 }

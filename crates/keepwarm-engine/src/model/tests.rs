@@ -9,7 +9,8 @@ fn feed(model: &Model, kv: &mut dyn KvCache, from: usize, tokens: &[u32], cuts: 
     let (mut at, mut last) = (0, Vec::new());
     for cut in cuts.iter().cycle() {
         let end = (at + (*cut).min(CHUNK_TOKENS_MAX)).min(tokens.len());
-        let step = Step { tokens: &tokens[at..end], position: from + at, kv: &mut *kv, logits: end == tokens.len() };
+        let step =
+            Step { tokens: &tokens[at..end], position: from + at, kv: &mut *kv, logits: end == tokens.len() };
         last = model.step(&mut [step]).unwrap().pop().unwrap().unwrap_or_default();
         at = end;
         if at == tokens.len() {

@@ -51,6 +51,15 @@ impl Model {
         let unembedding = matrix(geometry.vocab, WIDTH).t().expect("a matrix has a transpose");
         let embeddings = values(geometry.vocab * WIDTH, 1.0);
         let fingerprint = format!("random:{seed}+kv-f16-1");
-        Self { geometry, embeddings, layers, norm: vec![1.0; WIDTH], unembedding, tokenizer, fingerprint, random: true }
+        Self {
+            geometry,
+            embeddings,
+            layers,
+            norm: vec![1.0; WIDTH],
+            unembedding,
+            tokenizer,
+            fingerprint,
+            random: true,
+        }
     }
 }

@@ -93,7 +93,10 @@ pub struct Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("geometry", &self.geometry).field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+        f.debug_struct("Model")
+            .field("geometry", &self.geometry)
+            .field("fingerprint", &self.fingerprint)
+            .finish_non_exhaustive()
     }
 }
 

@@ -65,7 +65,9 @@ impl Gates {
 
 /// How many leading messages a stored conversation and a history share.
 pub(super) fn shared_messages(stored: &[Message], history: &[ChatMessage]) -> usize {
-    let same = |(stored, given): &(&Message, &ChatMessage)| stored.role == given.role && stored.content == given.content;
+    let same = |(stored, given): &(&Message, &ChatMessage)| {
+        stored.role == given.role && stored.content == given.content
+    };
     stored.iter().zip(history).take_while(same).count()
 }
 
@@ -79,7 +81,8 @@ impl Stored {
     /// Whether a tag names the transcript as it is now: state that was committed behind it changes nothing.
     pub(super) fn is_at(&self, etag: Etag) -> bool {
         let manifest = &self.info.manifest;
-        etag.birth == manifest.birth && (manifest.transcript_revision..=manifest.revision).contains(&etag.revision)
+        etag.birth == manifest.birth
+            && (manifest.transcript_revision..=manifest.revision).contains(&etag.revision)
     }
 
     /// Tokens up to the end of the first `messages` messages.

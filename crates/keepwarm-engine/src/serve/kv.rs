@@ -33,7 +33,13 @@ pub(super) struct GpuKv {
 impl GpuKv {
     /// Begins behind `cached` tokens of `blocks`; `working` has room for the rest and one block more.
     /// None where the blocks do not have those tokens.
-    pub(super) fn new(shape: PlaneShape, owner: Owner, blocks: &[Block], cached: usize, mut working: Vec<BlockMut>) -> Option<Self> {
+    pub(super) fn new(
+        shape: PlaneShape,
+        owner: Owner,
+        blocks: &[Block],
+        cached: usize,
+        mut working: Vec<BlockMut>,
+    ) -> Option<Self> {
         let whole = cached / shape.tokens_per_block;
         let spare = working.pop()?;
         for block in &mut working {

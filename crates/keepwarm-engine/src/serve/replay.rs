@@ -49,7 +49,10 @@ impl Replays {
     pub(super) fn keep(&self, request: &ChatRequest, started: Started, text: String, finished: Finished) {
         let Some(key) = &request.idempotency_key else { return };
         let replay = Replay { started, text, finished, asked: asked(request) };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).put((request.tenant.clone(), key.clone()), replay);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .put((request.tenant.clone(), key.clone()), replay);
     }
 }
 
@@ -59,7 +62,9 @@ fn asked(request: &ChatRequest) -> u64 {
     request.session.map(|session| session.id).hash(&mut hasher);
     match &request.prompt {
         Prompt::Text(text) => text.hash(&mut hasher),
-        Prompt::Messages(messages) => messages.iter().for_each(|message| (&message.role, &message.content).hash(&mut hasher)),
+        Prompt::Messages(messages) => {
+            messages.iter().for_each(|message| (&message.role, &message.content).hash(&mut hasher))
+        }
     }
     hasher.finish()
 }

@@ -76,13 +76,18 @@ pub(super) struct Runner {
 }
 
 impl Runner {
-    pub(super) fn start(name: &str, model: Arc<Model>, batch: BatchConfig, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+    pub(super) fn start(
+        name: &str,
+        model: Arc<Model>,
+        batch: BatchConfig,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<Self> {
         let (queue, jobs) = sync_channel(QUEUE_MAX);
         let active = Arc::new(AtomicUsize::new(0));
         let (counted, name) = (Arc::clone(&active), name.to_owned());
-        std::thread::Builder::new()
-            .name(format!("model-{name}"))
-            .spawn(move || Batcher { name, model, batch, metrics, active: counted, sequences: Vec::new() }.run(&jobs))?;
+        std::thread::Builder::new().name(format!("model-{name}")).spawn(move || {
+            Batcher { name, model, batch, metrics, active: counted, sequences: Vec::new() }.run(&jobs)
+        })?;
         Ok(Self { queue, active })
     }
 
@@ -194,7 +199,9 @@ impl Batcher {
         for sequence in &mut self.sequences {
             sequence.abandoned |= sequence.job.events.is_closed();
         }
-        let ended = |sequence: &mut Sequence| sequence.end.is_some() || sequence.abandoned || sequence.failed.is_some();
+        let ended = |sequence: &mut Sequence| {
+            sequence.end.is_some() || sequence.abandoned || sequence.failed.is_some()
+        };
         for sequence in self.sequences.extract_if(.., ended) {
             sequence.finish();
         }

@@ -7,7 +7,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use keepwarm_config::ModelConfig;
 use keepwarm_core::session::{
-    Etag, Form, Labels, Layout, LayoutError, Message, Order, PROTECT_DEFAULT, Part, Planes, Protect, TranscriptDelta,
+    Etag, Form, Labels, Layout, LayoutError, Message, Order, PROTECT_DEFAULT, Part, Planes, Protect,
+    TranscriptDelta,
 };
 use keepwarm_core::shard::Refusal;
 use keepwarm_memory::Block;
@@ -22,7 +23,8 @@ use super::kv::{GpuKv, State, shape};
 use super::replay::Replays;
 use super::runner::{Job, Outcome, QUEUE_MAX, Runner};
 use crate::chat::{
-    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, ChatStream, EVENTS_AHEAD, Finished, ModelInfo, Prompt, Started,
+    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, ChatStream, EVENTS_AHEAD, Finished,
+    ModelInfo, Prompt, Started,
 };
 use crate::model::{HeapKv, LoadError, Model, Sampler, Sampling};
 use crate::text::StopMatcher;
@@ -118,8 +120,12 @@ struct Held {
 fn load(config: &ModelConfig) -> Result<Model, ServiceError> {
     let name = config.name.clone();
     match config.source.split_once(':') {
-        Some(("gguf", path)) => Model::load(Path::new(path)).map_err(|cause| ServiceError::Load { name, cause }),
-        Some(("tiny", seed)) if seed.parse::<u64>().is_ok() => Ok(Model::tiny(seed.parse().unwrap_or_default())),
+        Some(("gguf", path)) => {
+            Model::load(Path::new(path)).map_err(|cause| ServiceError::Load { name, cause })
+        }
+        Some(("tiny", seed)) if seed.parse::<u64>().is_ok() => {
+            Ok(Model::tiny(seed.parse().unwrap_or_default()))
+        }
         _ => Err(ServiceError::Source { name, source_text: config.source.clone() }),
     }
 }
@@ -146,7 +152,8 @@ impl Service {
         let serve = |config: &ModelConfig| {
             let name = config.name.clone();
             let model = Arc::new(load(config)?);
-            let layout = layout_of(&name, &model).map_err(|cause| ServiceError::Layout { name: name.clone(), cause })?;
+            let layout = layout_of(&name, &model)
+                .map_err(|cause| ServiceError::Layout { name: name.clone(), cause })?;
             let metrics = Arc::clone(handle.metrics());
             let runner = Runner::start(&name, Arc::clone(&model), config.batch, metrics);
             let runner = runner.map_err(|cause| ServiceError::Thread { name: name.clone(), cause })?;
@@ -162,29 +169,38 @@ impl Service {
             Ok(Served { info, model, layout, runner, slots, waiting: Arc::new(Semaphore::new(QUEUE_MAX)) })
         };
         let models = models.iter().map(serve).collect::<Result<_, _>>()?;
-        let inner = Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Replays::default() };
+        let inner =
+            Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Replays::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     async fn begin(&self, request: ChatRequest) -> Result<ChatStream, ChatError> {
         let arrived = Instant::now();
         let inner = &self.inner;
-        let known = || inner.models.iter().map(|served| served.info.name.as_str()).collect::<Vec<_>>().join(", ");
+        let known =
+            || inner.models.iter().map(|served| served.info.name.as_str()).collect::<Vec<_>>().join(", ");
         let unknown = || ChatError::UnknownModel { name: request.model.clone(), known: known() };
-        let at = inner.models.iter().position(|served| served.info.name == request.model).ok_or_else(unknown)?;
+        let at =
+            inner.models.iter().position(|served| served.info.name == request.model).ok_or_else(unknown)?;
         let other_call = |()| ChatError::InvalidField {
             field: "Idempotency-Key".to_owned(),
             reason: "the key was used for another call".to_owned(),
         };
         if let Some(replay) = inner.replays.find(&request).map_err(other_call)? {
             let (send, receive) = mpsc::channel(3);
-            for event in [ChatEvent::Started(replay.started), ChatEvent::Text(replay.text), ChatEvent::Finished(replay.finished)] {
+            for event in [
+                ChatEvent::Started(replay.started),
+                ChatEvent::Text(replay.text),
+                ChatEvent::Finished(replay.finished),
+            ] {
                 let _ = send.try_send(event);
             }
             return Ok(receive);
         }
         let served = &inner.models[at];
-        let waiting = Arc::clone(&served.waiting).try_acquire_owned().map_err(|_| ChatError::Overloaded("for the model"))?;
+        let waiting = Arc::clone(&served.waiting)
+            .try_acquire_owned()
+            .map_err(|_| ChatError::Overloaded("for the model"))?;
         inner.report(served);
         let (held, tokens) = match request.session {
             None => (None, inner.plain(served, &request.prompt)?),
@@ -201,11 +217,19 @@ impl Service {
             return Err(ChatError::TooLong { tokens: tokens.len(), context });
         }
         let max_new = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT).min(context - tokens.len());
-        let slot = Arc::clone(&served.slots).acquire_owned().await.map_err(|_| ChatError::Overloaded("for the model"))?;
+        let slot = Arc::clone(&served.slots)
+            .acquire_owned()
+            .await
+            .map_err(|_| ChatError::Overloaded("for the model"))?;
         drop(waiting);
         let prompt_tokens = tokens.len();
         let (state, cached, source, held) = match held {
-            None => (State::Heap(HeapKv::new(served.model.geometry(), tokens.len() + max_new)), 0, Source::None, None),
+            None => (
+                State::Heap(HeapKv::new(served.model.geometry(), tokens.len() + max_new)),
+                0,
+                Source::None,
+                None,
+            ),
             Some((plan, pass)) => inner.hold(served, plan, pass, max_new).await?,
         };
         let started = Started {
@@ -219,7 +243,11 @@ impl Service {
         let (events, receive) = mpsc::channel(EVENTS_AHEAD);
         let (done, outcome) = oneshot::channel();
         let _ = events.try_send(ChatEvent::Started(started));
-        let sampling = Sampling { temperature: request.temperature, top_p: request.top_p, seed: request.seed.unwrap_or_else(seed) };
+        let sampling = Sampling {
+            temperature: request.temperature,
+            top_p: request.top_p,
+            seed: request.seed.unwrap_or_else(seed),
+        };
         let job = Job {
             state,
             tokens,
@@ -311,7 +339,10 @@ impl Inner {
             Prompt::Text(text) => tokenizer.encode(text).map_err(text_error)?,
         };
         if tokens.is_empty() {
-            return Err(ChatError::InvalidField { field: "prompt".to_owned(), reason: "has no tokens".to_owned() });
+            return Err(ChatError::InvalidField {
+                field: "prompt".to_owned(),
+                reason: "has no tokens".to_owned(),
+            });
         }
         Ok(tokens)
     }
@@ -352,7 +383,13 @@ impl Inner {
     }
 
     /// Compares a call with what is stored, forking where it leaves that.
-    async fn plan(&self, served: &Served, key: &SessionKey, prompt: &Prompt, if_match: Option<Etag>) -> Result<Plan, ChatError> {
+    async fn plan(
+        &self,
+        served: &Served,
+        key: &SessionKey,
+        prompt: &Prompt,
+        if_match: Option<Etag>,
+    ) -> Result<Plan, ChatError> {
         let mut family = self.family(served, key).await?;
         let history: Vec<ChatMessage> = match (prompt, if_match) {
             (Prompt::Text(text), _) => return self.plan_text(served, family, text).await,
@@ -372,13 +409,17 @@ impl Inner {
                 family.swap(0, at);
                 family.truncate(1);
                 let before = family[0].transcript.messages.iter();
-                let before = before.map(|message| ChatMessage { role: message.role.clone(), content: message.content.clone() });
+                let before = before.map(|message| ChatMessage {
+                    role: message.role.clone(),
+                    content: message.content.clone(),
+                });
                 before.chain(messages.iter().cloned()).collect()
             }
         };
         let shared = |stored: &Stored| shared_messages(&stored.transcript.messages, &history);
         let whole = |stored: &Stored| shared(stored) == stored.transcript.messages.len();
-        let best = (0..family.len()).max_by_key(|at| (shared(&family[*at]), whole(&family[*at]), std::cmp::Reverse(*at)));
+        let best = (0..family.len())
+            .max_by_key(|at| (shared(&family[*at]), whole(&family[*at]), std::cmp::Reverse(*at)));
         let stored = family.swap_remove(best.unwrap_or(0));
         let common = shared(&stored);
         if common == history.len() && whole(&stored) {
@@ -398,24 +439,58 @@ impl Inner {
         let mut tokens = stored.transcript.tokens;
         tokens.truncate(keep);
         tokens.extend(rendered.tokens);
-        Ok(Plan { key, tokens, keep_tokens: keep, keep_messages: common, messages, diverged_at, conversation: true })
+        Ok(Plan {
+            key,
+            tokens,
+            keep_tokens: keep,
+            keep_messages: common,
+            messages,
+            diverged_at,
+            conversation: true,
+        })
     }
 
-    async fn plan_text(&self, served: &Served, mut family: Vec<Stored>, text: &str) -> Result<Plan, ChatError> {
+    async fn plan_text(
+        &self,
+        served: &Served,
+        mut family: Vec<Stored>,
+        text: &str,
+    ) -> Result<Plan, ChatError> {
         let tokens = self.plain(served, &Prompt::Text(text.to_owned()))?;
-        let shared = |stored: &Stored| stored.transcript.tokens.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        let shared = |stored: &Stored| {
+            stored.transcript.tokens.iter().zip(&tokens).take_while(|(a, b)| a == b).count()
+        };
         let best = (0..family.len()).max_by_key(|at| (shared(&family[*at]), std::cmp::Reverse(*at)));
         let stored = family.swap_remove(best.unwrap_or(0));
         let keep = shared(&stored);
-        let messages = stored.transcript.messages.iter().take_while(|message| message.tokens_end.as_usize() <= keep).count();
+        let messages = stored
+            .transcript
+            .messages
+            .iter()
+            .take_while(|message| message.tokens_end.as_usize() <= keep)
+            .count();
         let leaves = keep != stored.transcript.tokens.len();
         let (key, diverged_at) = self.branch(&stored, keep, messages, leaves).await?;
         let messages_kept = messages;
-        Ok(Plan { key, tokens, keep_tokens: keep, keep_messages: messages_kept, messages: Vec::new(), diverged_at, conversation: false })
+        Ok(Plan {
+            key,
+            tokens,
+            keep_tokens: keep,
+            keep_messages: messages_kept,
+            messages: Vec::new(),
+            diverged_at,
+            conversation: false,
+        })
     }
 
     /// The session to go on in: the stored one, or a fork of it.
-    async fn branch(&self, stored: &Stored, keep: usize, messages: usize, leaves: bool) -> Result<(SessionKey, Option<Tokens>), ChatError> {
+    async fn branch(
+        &self,
+        stored: &Stored,
+        keep: usize,
+        messages: usize,
+        leaves: bool,
+    ) -> Result<(SessionKey, Option<Tokens>), ChatError> {
         let key = stored.info.manifest.key.clone();
         if !leaves {
             return Ok((key, None));
@@ -433,7 +508,13 @@ impl Inner {
 
     /// Activates the session and gives the sequence its state: in the GPU's blocks, or on the heap where
     /// there is no room.
-    async fn hold(&self, served: &Served, plan: Plan, pass: Pass, max_new: usize) -> Result<(State, usize, Source, Option<Held>), ChatError> {
+    async fn hold(
+        &self,
+        served: &Served,
+        plan: Plan,
+        pass: Pass,
+        max_new: usize,
+    ) -> Result<(State, usize, Source, Option<Held>), ChatError> {
         let g = served.model.geometry();
         let heap = || State::Heap(HeapKv::new(g, plan.tokens.len() + max_new));
         let request = ActivateRequest { ttl: Some(TURN_LEASE), ..ActivateRequest::default() };
@@ -462,7 +543,15 @@ impl Inner {
     }
 
     /// Working blocks behind what is cached; none where there is no room.
-    async fn working(&self, served: &Served, owner: &Owner, gpu: GpuIndex, blocks: &[Block], cached: usize, tokens: usize) -> Option<State> {
+    async fn working(
+        &self,
+        served: &Served,
+        owner: &Owner,
+        gpu: GpuIndex,
+        blocks: &[Block],
+        cached: usize,
+        tokens: usize,
+    ) -> Option<State> {
         let g = served.model.geometry();
         let count = tokens.div_ceil(g.tokens_per_block) - cached / g.tokens_per_block + 1;
         let working = self.handle.scratch(owner, gpu, Bytes(g.block_bytes() as u64), count).await;
@@ -492,7 +581,12 @@ impl Inner {
                 let first = kv.first_own();
                 let blocks = kv.seal(outcome.fed).map_err(Error::Internal)?;
                 let length = Bytes((outcome.fed * served.model.geometry().kv_bytes_per_token()) as u64);
-                vec![TurnPart { part: 0, first_block: u32::try_from(first).unwrap_or(u32::MAX), blocks, length }]
+                vec![TurnPart {
+                    part: 0,
+                    first_block: u32::try_from(first).unwrap_or(u32::MAX),
+                    blocks,
+                    length,
+                }]
             }
         };
         let transcript = TranscriptDelta {
@@ -528,8 +622,10 @@ impl ChatBackend for Service {
         self.inner.models.iter().map(|served| served.info.clone()).collect()
     }
 
-    fn chat(&self, request: ChatRequest) -> Pin<Box<dyn Future<Output = Result<ChatStream, ChatError>> + Send + '_>> {
+    fn chat(
+        &self,
+        request: ChatRequest,
+    ) -> Pin<Box<dyn Future<Output = Result<ChatStream, ChatError>> + Send + '_>> {
         Box::pin(self.begin(request))
     }
 }
-

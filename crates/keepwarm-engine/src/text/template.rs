@@ -45,9 +45,13 @@ impl Template {
     }
 
     fn render(&self, roles: &[&str]) -> Result<String, TokenizerError> {
-        let message = |(at, role): (usize, &&str)| context! { role => *role, content => format!("{OPEN}{at}{CLOSE}") };
+        let message =
+            |(at, role): (usize, &&str)| context! { role => *role, content => format!("{OPEN}{at}{CLOSE}") };
         let messages: Vec<_> = roles.iter().enumerate().map(message).collect();
-        let template = self.environment.get_template("chat").map_err(|error| TokenizerError::Template(error.to_string()))?;
+        let template = self
+            .environment
+            .get_template("chat")
+            .map_err(|error| TokenizerError::Template(error.to_string()))?;
         let rendered = template.render(context! { messages, add_generation_prompt => true });
         rendered.map_err(|error| TokenizerError::Template(error.to_string()))
     }
@@ -79,7 +83,8 @@ impl Tokenizer {
         let mut rest = text.as_str();
         let mut next = 0;
         while let Some(open) = rest.find(OPEN) {
-            let lost = || TokenizerError::Template("it does not show every message once, in order".to_owned());
+            let lost =
+                || TokenizerError::Template("it does not show every message once, in order".to_owned());
             let close = rest[open..].find(CLOSE).ok_or_else(lost)? + open;
             let at: usize = rest[open + OPEN.len_utf8()..close].parse().map_err(|_| lost())?;
             if at != next {
@@ -113,7 +118,12 @@ mod tests {
     #[test]
     fn a_history_is_a_prefix_of_the_history_with_more() {
         let tokenizer = Tokenizer::bytes();
-        let messages = [message("system", "be brief"), message("user", "hello <|end|>"), message("assistant", "hi"), message("user", "?")];
+        let messages = [
+            message("system", "be brief"),
+            message("user", "hello <|end|>"),
+            message("assistant", "hi"),
+            message("user", "?"),
+        ];
         let whole = tokenizer.render(&messages).unwrap();
         let before = tokenizer.render(&messages[..2]).unwrap();
         assert_eq!(before.tokens[..before.ends[1]], whole.tokens[..whole.ends[1]]);

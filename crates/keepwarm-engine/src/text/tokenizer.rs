@@ -73,14 +73,20 @@ impl Tokenizer {
         let merges = strings(metadata, "tokenizer.ggml.merges")?;
         let types = metadata.get("tokenizer.ggml.token_type").and_then(|value| value.to_vec().ok());
         let types = types.ok_or(TokenizerError::Missing("tokenizer.ggml.token_type"))?;
-        let number = |value: &Value| value.to_u32().ok().or_else(|| value.to_i32().ok().map(i32::cast_unsigned));
+        let number =
+            |value: &Value| value.to_u32().ok().or_else(|| value.to_i32().ok().map(i32::cast_unsigned));
         let control = |at: usize| types.get(at).and_then(number) == Some(CONTROL);
-        let mut specials: Vec<_> =
-            tokens.iter().enumerate().filter(|(at, _)| control(*at)).map(|(at, token)| (token.clone(), at as u32)).collect();
+        let mut specials: Vec<_> = tokens
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| control(*at))
+            .map(|(at, token)| (token.clone(), at as u32))
+            .collect();
         specials.sort_by_key(|(token, _)| std::cmp::Reverse(token.len()));
         let end = metadata.get("tokenizer.ggml.eos_token_id").and_then(number);
         let end = end.ok_or(TokenizerError::Missing("tokenizer.ggml.eos_token_id"))?;
-        let others = specials.iter().filter(|(token, _)| matches!(token.as_str(), "<|endoftext|>" | "<|im_end|>"));
+        let others =
+            specials.iter().filter(|(token, _)| matches!(token.as_str(), "<|endoftext|>" | "<|im_end|>"));
         let ends = std::iter::once(end).chain(others.map(|(_, id)| *id)).collect();
         let size = tokens.len();
         let pre = text("tokenizer.ggml.pre").map_or("", String::as_str);
@@ -93,7 +99,13 @@ impl Tokenizer {
     pub(crate) fn bytes() -> Self {
         let specials = BYTE_SPECIALS.iter().zip(256..).map(|(token, id)| ((*token).to_owned(), id)).collect();
         let template = Template::new(BYTE_TEMPLATE).expect("the built-in template is valid");
-        Self { vocabulary: Vocabulary::Bytes, specials, ends: vec![256], size: 256 + BYTE_SPECIALS.len(), template }
+        Self {
+            vocabulary: Vocabulary::Bytes,
+            specials,
+            ends: vec![256],
+            size: 256 + BYTE_SPECIALS.len(),
+            template,
+        }
     }
 
     /// Tokens of the vocabulary.
@@ -116,7 +128,8 @@ impl Tokenizer {
         match &self.vocabulary {
             Vocabulary::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Vocabulary::Bpe(bpe) => {
-                let encoded = bpe.encode_fast(text, false).map_err(|error| TokenizerError::Build(error.to_string()))?;
+                let encoded =
+                    bpe.encode_fast(text, false).map_err(|error| TokenizerError::Build(error.to_string()))?;
                 Ok(encoded.get_ids().to_vec())
             }
         }
@@ -127,9 +140,14 @@ impl Tokenizer {
         let mut tokens = Vec::new();
         let mut rest = text;
         while !rest.is_empty() {
-            let found = self.specials.iter().filter_map(|(special, id)| rest.find(special.as_str()).map(|at| (at, special, id)));
+            let found = self
+                .specials
+                .iter()
+                .filter_map(|(special, id)| rest.find(special.as_str()).map(|at| (at, special, id)));
             // The first, and of those that begin together the longest.
-            let Some((at, special, id)) = found.min_by_key(|(at, special, _)| (*at, std::cmp::Reverse(special.len()))) else {
+            let Some((at, special, id)) =
+                found.min_by_key(|(at, special, _)| (*at, std::cmp::Reverse(special.len())))
+            else {
                 tokens.extend(self.encode(rest)?);
                 break;
             };
@@ -164,18 +182,26 @@ impl Tokenizer {
 
 /// Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), as Hugging Face's library runs it.
 fn bpe(tokens: Vec<String>, merges: &[String], pre: &str) -> Result<tokenizers::Tokenizer, TokenizerError> {
-    let vocab: HashMap<String, usize> = tokens.into_iter().enumerate().map(|(id, token)| (token, id)).collect();
-    let merges: Vec<_> = merges.iter().filter_map(|merge| merge.split_once(' ')).map(|(a, b)| json!([a, b])).collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let vocab: HashMap<String, usize> =
+        tokens.into_iter().enumerate().map(|(id, token)| (token, id)).collect();
+    let merges: Vec<_> =
+        merges.iter().filter_map(|merge| merge.split_once(' ')).map(|(a, b)| json!([a, b])).collect();
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let digits = json!({"type": "Digits", "individual_digits": true});
     // SmolLM's vocabulary was made with every digit on its own.
-    let pre = if pre == "smollm" { json!({"type": "Sequence", "pretokenizers": [digits, byte_level]}) } else { byte_level };
+    let pre = if pre == "smollm" {
+        json!({"type": "Sequence", "pretokenizers": [digits, byte_level]})
+    } else {
+        byte_level
+    };
     let model = json!({"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": vocab, "merges": merges});
     let whole = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": pre, "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": true,
         "trim_offsets": true, "use_regex": true}, "model": model});
-    tokenizers::Tokenizer::from_bytes(whole.to_string()).map_err(|error| TokenizerError::Build(error.to_string()))
+    tokenizers::Tokenizer::from_bytes(whole.to_string())
+        .map_err(|error| TokenizerError::Build(error.to_string()))
 }
 
 /// The byte that a character of a byte-level vocabulary stands for: printable ones for themselves, the others
