@@ -1,2 +1,62 @@
-//! Developer commands.
-fn main() {}
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`.
+#![expect(clippy::print_stdout, reason = "a command-line tool")]
+
+mod test;
+mod tidy;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Developer commands of keepwarm")]
+struct Options {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Every check and test that can run on this machine; names what it skipped and why.
+    Test(test::TestOptions),
+    /// Imports, file and function lengths, names, guarantee tags, module docs.
+    Tidy,
+    /// Figures, each with its peer or limit in the same run.
+    Bench {
+        /// Which; all where none is named.
+        names: Vec<String>,
+    },
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, PathBuf::from)
+}
+
+fn run(options: &Options) -> Result<bool> {
+    match &options.command {
+        Task::Test(options) => test::run(&root(), options),
+        Task::Tidy => tidy::run(&root()),
+        Task::Bench { names } => {
+            let mut command = Command::new("cargo");
+            command
+                .args(["run", "--release", "--package", "keepwarm-benches", "--"])
+                .args(names)
+                .current_dir(root());
+            Ok(command.status().context("cargo could not be started")?.success())
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            println!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -83,7 +83,6 @@ pub(crate) fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Problem>
 
 /// The session that a path names, of the tenant that asks.
 pub(crate) struct Session {
-    pub(crate) caller: Caller,
     pub(crate) key: SessionKey,
     /// The part, where the path names one.
     pub(crate) part: String,
@@ -101,8 +100,8 @@ impl FromRequestParts<ApiState> for Session {
             names.iter().find(|(name, _)| name == wanted).map_or("", |(_, value)| value.as_str())
         };
         let id = SessionId::from_str(named("id")).map_err(|error| Problem::field("id", error))?;
-        let key = SessionKey::new(caller.tenant.clone(), id);
-        Ok(Self { caller, key, part: named("part").to_owned() })
+        let key = SessionKey::new(caller.tenant, id);
+        Ok(Self { key, part: named("part").to_owned() })
     }
 }
 

@@ -256,6 +256,7 @@ fn child(folder: &std::path::Path, sessions: u64, limit: Option<u64>) -> std::pr
         .unwrap()
 }
 
+//= GUARANTEES.md#G1
 #[test]
 fn what_was_acknowledged_is_there_after_kill_minus_nine() {
     let folder = tempfile::tempdir().unwrap();

@@ -13,7 +13,6 @@ pub mod weights;
 
 /// The real model's file for tests; says so where it is missing.
 #[cfg(test)]
-#[expect(clippy::print_stderr, reason = "a skipped test names itself")]
 fn tests_model() -> Option<std::path::PathBuf> {
     let path = weights::cached();
     if path.is_none() {

@@ -242,6 +242,7 @@ impl Block {
     ///
     /// # Errors
     /// [`GuardError::WrongOwner`] unless tenant and birth are the guard's.
+    //= GUARANTEES.md#G4
     pub fn bytes(&self, owner: &Owner) -> Result<&[u8], GuardError> {
         if owner.birth != self.birth || owner.tenant != self.sealed.memory.tenant {
             return Err(GuardError::WrongOwner);

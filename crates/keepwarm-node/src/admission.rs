@@ -62,6 +62,7 @@ impl Admission {
     }
 }
 
+//= GUARANTEES.md#G8
 fn take(pool: &Arc<Semaphore>, what: &'static str) -> Result<Permit, Error> {
     match pool.clone().try_acquire_owned() {
         Ok(permit) => Ok(Permit(permit)),
@@ -76,6 +77,7 @@ fn take(pool: &Arc<Semaphore>, what: &'static str) -> Result<Permit, Error> {
 mod tests {
     use super::*;
 
+    //= GUARANTEES.md#G8
     #[test]
     fn the_last_permit_is_refused_and_comes_back_on_drop() {
         let admission = Admission::new();

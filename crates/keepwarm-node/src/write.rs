@@ -253,6 +253,7 @@ impl WriteSink {
     ///
     /// # Errors
     /// [`Error`]; definite unless it is `outcome_unknown`.
+    //= GUARANTEES.md#G2
     pub async fn finish(mut self) -> Result<WriteDone, Error> {
         let short = |expected: Bytes, got| {
             Error::BodyLength(format!("the body ended after {got} of {} bytes", expected.0))

@@ -151,6 +151,7 @@ async fn a_plane_ordered_tail_is_continued_plane_by_plane() {
     node.shutdown(DEADLINE).await;
 }
 
+//= GUARANTEES.md#G2
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_body_leaves_the_session_as_it_was() {
     let node = start(None, 32 << 20).await;
@@ -306,6 +307,7 @@ async fn restarted(folder: &Path) -> Node {
     }
 }
 
+//= GUARANTEES.md#G9
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sticky_device_is_fenced_and_its_sessions_run_elsewhere() {
     let node = start(None, 32 << 20).await;
@@ -330,6 +332,7 @@ async fn a_sticky_device_is_fenced_and_its_sessions_run_elsewhere() {
     node.shutdown(DEADLINE).await;
 }
 
+//= GUARANTEES.md#G5
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bit_flipped_on_the_way_to_hbm_is_refused_and_the_session_lives() {
     let node = start(None, 32 << 20).await;

@@ -83,6 +83,7 @@ impl Book {
     }
 
     /// The session that should leave first, with a stamp that orders it among other tenants'.
+    //= GUARANTEES.md#G6
     pub(super) fn victim(
         &self,
         now: Timestamp,

@@ -82,6 +82,7 @@ fn the_oldest_clean_session_leaves_first_and_a_leased_one_never() {
     assert_eq!(evicted(&tier.on(NOW, need(2, "a", 50))), [key("a", 4), key("a", 2)], "clean before dirty");
 }
 
+//= GUARANTEES.md#G6
 #[test]
 fn the_only_copy_is_protected_until_its_time() {
     let mut tier = tier(100, false);

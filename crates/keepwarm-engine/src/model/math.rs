@@ -75,6 +75,7 @@ pub(super) fn softmax(row: &mut [f32], valid: usize) {
 }
 
 /// `rows x inner` times `inner x columns`: each row's result is the same whatever the other rows are.
+//= GUARANTEES.md#G7
 pub(super) fn product(
     mut rows: Vec<f32>,
     count: usize,

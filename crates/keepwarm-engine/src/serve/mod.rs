@@ -7,6 +7,7 @@
 
 mod branch;
 mod kv;
+mod plan;
 mod replay;
 mod runner;
 mod turn;

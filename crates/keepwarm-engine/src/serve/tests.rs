@@ -105,6 +105,7 @@ async fn conversation<F: AsyncFnMut(Bench) -> Bench>(mut bench: Bench, mut betwe
     (bench, transcript.tokens)
 }
 
+//= GUARANTEES.md#G7
 #[tokio::test(flavor = "multi_thread")]
 async fn evicted_or_killed_a_conversation_goes_on_with_the_same_tokens() {
     let (undisturbed, expected) = conversation(bench(None, 8 << 20).await, async |bench| bench).await;

@@ -44,6 +44,7 @@ fn a_refused_allocation_takes_nothing() {
     assert!(matches!(arena.allocate(&acme, Bytes(1 << 17), 1), Err(OutOfMemory::TooLarge { .. })));
 }
 
+//= GUARANTEES.md#G4
 #[test]
 fn only_the_owner_reads_and_only_what_was_written() {
     let arena = arena(1 << 16, 1 << 16);

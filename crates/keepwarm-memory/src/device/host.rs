@@ -37,6 +37,7 @@ impl Health {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    //= GUARANTEES.md#G9
     fn fence(&self, reason: &str) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if *state == DeviceState::Up {

@@ -348,6 +348,7 @@ fn a_write_that_the_disk_refused_never_was() {
     assert_eq!(manifest(&mut bench, 1).revision.0, 0);
 }
 
+//= GUARANTEES.md#G3
 #[test]
 fn a_write_of_unknown_outcome_is_never_answered_no() {
     let (mut bench, kv) = one_part();

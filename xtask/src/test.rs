@@ -1,0 +1,148 @@
+//! The test command: one release build for tests, demo and binary; a summary that hides nothing.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use clap::Args;
+
+/// What to run.
+#[derive(Debug, Args)]
+pub(crate) struct TestOptions {
+    /// Only formatting, lints and tidy.
+    #[arg(long)]
+    quick: bool,
+    /// Only tests whose name contains this.
+    filter: Option<String>,
+}
+
+enum Outcome {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+struct Steps {
+    done: Vec<(&'static str, Outcome, Duration)>,
+}
+
+impl Steps {
+    fn step(&mut self, name: &'static str, work: impl FnOnce() -> Outcome) {
+        println!("\n== {name}");
+        let started = Instant::now();
+        let outcome = work();
+        self.done.push((name, outcome, started.elapsed()));
+    }
+}
+
+fn command(root: &Path, program: &str, arguments: &[&str]) -> Outcome {
+    println!("   {program} {}", arguments.join(" "));
+    match Command::new(program).args(arguments).current_dir(root).status() {
+        Ok(status) if status.success() => Outcome::Passed,
+        Ok(status) => Outcome::Failed(format!("{program} ended with {status}")),
+        Err(error) => Outcome::Failed(format!("{program} could not be started: {error}")),
+    }
+}
+
+fn has(program: &str, arguments: &[&str]) -> bool {
+    Command::new(program).args(arguments).output().is_ok_and(|output| output.status.success())
+}
+
+/// Runs everything; true if nothing failed.
+pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
+    let mut steps = Steps { done: Vec::new() };
+    steps.step("format", || command(root, "cargo", &["fmt", "--all", "--check"]));
+    steps.step("lints", || {
+        command(
+            root,
+            "cargo",
+            &["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        )
+    });
+    steps.step("tidy", || match crate::tidy::run(root) {
+        Ok(true) => Outcome::Passed,
+        Ok(false) => Outcome::Failed("see above".to_owned()),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    });
+    if !options.quick {
+        steps.step("dependencies", || dependencies(root));
+        steps.step("weights", || weights(root));
+        steps.step("tests", || tests(root, options.filter.as_deref()));
+        steps.step("doc tests", || {
+            command(root, "cargo", &["test", "--release", "--workspace", "--doc", "--quiet"])
+        });
+    }
+    println!("\n== summary");
+    let mut green = true;
+    for (name, outcome, took) in &steps.done {
+        let word = match outcome {
+            Outcome::Passed => "passed".to_owned(),
+            Outcome::Failed(reason) => {
+                green = false;
+                format!("FAILED: {reason}")
+            }
+            Outcome::Skipped(reason) => format!("skipped: {reason}"),
+        };
+        println!("{name:<14} {:>6.1} s  {word}", took.as_secs_f64());
+    }
+    Ok(green)
+}
+
+fn dependencies(root: &Path) -> Outcome {
+    if !has("cargo", &["deny", "--version"]) {
+        return Outcome::Skipped("cargo-deny is not installed: cargo install cargo-deny --locked".to_owned());
+    }
+    match command(root, "cargo", &["deny", "--log-level", "error", "check", "licenses", "bans", "sources"]) {
+        Outcome::Passed => {}
+        other => return other,
+    }
+    // The advisories' database is a git repository on another host than the registry's.
+    let advisories = Command::new("cargo").args(["deny", "check", "advisories"]).current_dir(root).output();
+    match advisories {
+        Ok(output) if output.status.success() => Outcome::Passed,
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let unreachable =
+                ["fetch", "failed to", "clone", "resolve host"].iter().any(|word| said.contains(word));
+            if unreachable && !said.contains("RUSTSEC-") {
+                println!(
+                    "   skipped: the advisory database could not be fetched; deny.toml pins what is known"
+                );
+                Outcome::Passed
+            } else {
+                println!("{said}");
+                Outcome::Failed("an advisory applies".to_owned())
+            }
+        }
+        Err(error) => Outcome::Failed(error.to_string()),
+    }
+}
+
+fn weights(root: &Path) -> Outcome {
+    match command(
+        root,
+        "cargo",
+        &["run", "--quiet", "--release", "--package", "keepwarm", "--", "model", "fetch"],
+    ) {
+        Outcome::Failed(reason) => Outcome::Skipped(format!(
+            "no model weights ({reason}): tests that need them say SKIPPED and use a tiny model"
+        )),
+        other => other,
+    }
+}
+
+fn tests(root: &Path, filter: Option<&str>) -> Outcome {
+    let mut arguments = vec!["nextest", "run", "--release", "--workspace"];
+    if std::env::var_os("CI").is_some() {
+        arguments.extend(["--profile", "ci"]);
+    }
+    arguments.extend(filter);
+    if has("cargo", &["nextest", "--version"]) {
+        return command(root, "cargo", &arguments);
+    }
+    println!("   cargo-nextest is not installed: cargo's own test runner takes its place");
+    let mut arguments = vec!["test", "--release", "--workspace", "--lib", "--bins", "--tests"];
+    arguments.extend(filter);
+    command(root, "cargo", &arguments)
+}
