@@ -1,5 +1,7 @@
 //! The client against a hand-made server that answers what each test says, and remembers what it was asked.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -1,0 +1,249 @@
+//! The command line: every command and option, once.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use keepwarm_config::DeviceSpec;
+use keepwarm_types::{Bytes, NodeName};
+use uuid::Uuid;
+
+/// Where client commands find a node, unless told otherwise: where `serve` answers by default.
+const URL_DEFAULT: &str = "http://127.0.0.1:7000";
+
+/// A session store for GPU inference.
+#[derive(Debug, Parser)]
+#[command(name = "keepwarm", version, about, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print one JSON document instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// How the log on standard error looks; what it has is set by RUST_LOG.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a node.
+    Serve(Box<ServeArgs>),
+    /// Watch conversations leave a GPU's memory, come back, and survive a kill; with figures and checks.
+    Demo(DemoArgs),
+    /// Check a cluster.toml, or this machine.
+    Check(CheckArgs),
+    /// Show nodes, GPUs, memory and models.
+    Status(Remote),
+    /// List, show, move and end sessions.
+    Sessions {
+        #[command(flatten)]
+        remote: Remote,
+        #[command(subcommand)]
+        verb: SessionVerb,
+    },
+    /// Talk with a model; a session id continues where it was left.
+    Chat(ChatArgs),
+    /// Put and get parts of one size, and say how fast that was.
+    Bench(BenchArgs),
+    /// Models on this machine.
+    Model {
+        #[command(subcommand)]
+        verb: ModelVerb,
+    },
+}
+
+/// Which server a client command asks.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Remote {
+    /// Address of a node.
+    #[arg(long, global = true, env = "KEEPWARM_URL", default_value = URL_DEFAULT)]
+    pub(crate) url: String,
+    /// The tenant's bearer token.
+    #[arg(long, global = true, env = "KEEPWARM_TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The cluster's file; without one, a cluster of one from the options below.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["http", "data_dir", "ephemeral", "gpus", "pinned", "model"])]
+    pub(crate) config: Option<PathBuf>,
+    /// Which node of the file this is; the only one where absent.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<NodeName>,
+    /// Where to answer HTTP; port 0 picks one.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7000")]
+    pub(crate) http: String,
+    /// Where the catalog lies: manifests and transcripts, so that sessions outlive the process.
+    #[arg(long, value_name = "DIR", conflicts_with = "ephemeral")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Keep the catalog in memory: sessions end with the process.
+    #[arg(long)]
+    pub(crate) ephemeral: bool,
+    /// A GPU and how much of its memory to take, as in host=256MiB; may be repeated.
+    #[arg(long = "gpu", value_name = "DEVICE=SIZE")]
+    pub(crate) gpus: Vec<DeviceSpec>,
+    /// Page-locked host memory.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub(crate) pinned: Bytes,
+    /// A GGUF file to serve; or tiny:SEED, a tiny model with random weights.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<String>,
+    /// Stop when standard input ends: whoever started this process and holds the other end is gone then.
+    #[arg(long, hide = true)]
+    pub(crate) until_stdin_ends: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// A GGUF file to use instead of fetching one; or tiny:SEED.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<String>,
+    /// End when all is shown, with 1 if a check failed, instead of serving on.
+    #[arg(long)]
+    pub(crate) exit: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The file to check.
+    #[arg(required_unless_present = "host")]
+    pub(crate) file: Option<PathBuf>,
+    /// Look at this machine too: memory, locking, open files, devices, folders, addresses.
+    #[arg(long)]
+    pub(crate) host: bool,
+    /// Which node of the file this machine is; the only one where absent.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<NodeName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SessionVerb {
+    /// List sessions, in the order of their ids.
+    Ls {
+        /// Only sessions with this label; may be repeated.
+        #[arg(long = "label", value_name = "NAME=VALUE", value_parser = label)]
+        labels: Vec<(String, String)>,
+        /// At most so many.
+        #[arg(long, default_value_t = 1000)]
+        limit: usize,
+    },
+    /// Show one session.
+    Show {
+        /// Its id.
+        id: Uuid,
+    },
+    /// Where its bytes are and how they came there.
+    Explain {
+        /// Its id.
+        id: Uuid,
+    },
+    /// Write it to an archive.
+    Export {
+        /// Its id.
+        id: Uuid,
+        /// The file to write; standard output where absent.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Take an archive as a new session.
+    Import {
+        /// The archive.
+        file: PathBuf,
+        /// Another id than the archive's.
+        #[arg(long)]
+        id: Option<Uuid>,
+    },
+    /// End sessions and give their memory back.
+    Rm {
+        /// Their ids.
+        #[arg(required = true)]
+        ids: Vec<Uuid>,
+    },
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err(format!("'{text}' is not NAME=VALUE")),
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+    /// The session to continue, or to make: a UUID or any text.
+    #[arg(long, value_name = "ID")]
+    pub(crate) session: Option<String>,
+    /// Which model; the first where absent.
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Most tokens of an answer.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) max_tokens: u32,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) remote: Remote,
+    /// Size of a part.
+    #[arg(long, default_value = "16MiB")]
+    pub(crate) size: Bytes,
+    /// How often each connection puts and gets.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// Connections at once, each with a session of its own.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) connections: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelVerb {
+    /// Fetch the demo's model into the cache, once, and print where it lies.
+    Fetch,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_contradicts_itself_nowhere() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_takes_the_options_of_the_contract() {
+        let line =
+            "keepwarm serve --http 127.0.0.1:0 --ephemeral --gpu host=256MiB --gpu host=1GiB --pinned 2GiB";
+        let Command::Serve(args) = Cli::try_parse_from(line.split(' ')).unwrap().command else {
+            panic!("not serve");
+        };
+        assert_eq!((args.gpus.len(), args.pinned, args.ephemeral), (2, Bytes(2 << 30), true));
+        for bad in [
+            "keepwarm serve --gpu host",
+            "keepwarm serve --gpu gpu7=1GiB",
+            "keepwarm serve --pinned 5GB",
+            "keepwarm serve --config c.toml --ephemeral",
+            "keepwarm serve --data-dir d --ephemeral",
+            "keepwarm check",
+            "keepwarm sessions rm",
+            "keepwarm bench --connections 0",
+        ] {
+            assert!(Cli::try_parse_from(bad.split(' ')).is_err(), "{bad}");
+        }
+    }
+}
