@@ -71,18 +71,33 @@ struct Http {
     paths: Vec<String>,
 }
 
-/// Reads an answer's head; gives its body's length.
-fn head(stream: &mut TcpStream) -> usize {
-    let mut head = Vec::new();
-    let mut byte = [0];
-    while !head.ends_with(b"\r\n\r\n") {
-        stream.read_exact(&mut byte).unwrap();
-        head.push(byte[0]);
+/// Reads up to and with `end`; gives what was read and what came behind it.
+fn until(stream: &mut TcpStream, end: &[u8]) -> (String, Vec<u8>) {
+    let (mut read, mut piece) = (Vec::new(), [0; 16 << 10]);
+    loop {
+        let count = stream.read(&mut piece).unwrap();
+        assert!(count > 0, "the server ended the connection");
+        read.extend_from_slice(&piece[..count]);
+        if let Some(at) = read.windows(end.len()).position(|window| window == end) {
+            let rest = read.split_off(at + end.len());
+            return (String::from_utf8(read).unwrap(), rest);
+        }
     }
-    let head = String::from_utf8(head).unwrap().to_lowercase();
+}
+
+/// Reads an answer into a buffer.
+fn answer(stream: &mut TcpStream, into: &mut Vec<u8>) {
+    let (head, rest) = until(stream, b"\r\n\r\n");
+    let head = head.to_lowercase();
     assert!(head.starts_with("http/1.1 200"), "{head}");
     let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
-    length.trim().parse().unwrap()
+    fill(stream, into, rest, length.trim().parse().unwrap());
+}
+
+fn fill(stream: &mut TcpStream, into: &mut Vec<u8>, rest: Vec<u8>, length: usize) {
+    into.resize(length, 0);
+    into[..rest.len()].copy_from_slice(&rest);
+    stream.read_exact(&mut into[rest.len()..]).unwrap();
 }
 
 impl Peer for Http {
@@ -91,15 +106,12 @@ impl Peer for Http {
             format!("PUT {} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", self.paths[n], body.len());
         stream.write_all(request.as_bytes()).unwrap();
         stream.write_all(body).unwrap();
-        let mut answer = vec![0; head(stream)];
-        stream.read_exact(&mut answer).unwrap();
+        answer(stream, &mut Vec::new());
     }
 
     fn get(&self, stream: &mut TcpStream, n: usize, into: &mut Vec<u8>) {
         stream.write_all(format!("GET {} HTTP/1.1\r\nhost: x\r\n\r\n", self.paths[n]).as_bytes()).unwrap();
-        let length = head(stream);
-        into.resize(length, 0);
-        stream.read_exact(into).unwrap();
+        answer(stream, into);
     }
 
     fn address(&self) -> SocketAddr {
@@ -147,16 +159,6 @@ impl Redis {
     }
 }
 
-fn line(stream: &mut TcpStream) -> String {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    while !line.ends_with(b"\r\n") {
-        stream.read_exact(&mut byte).unwrap();
-        line.push(byte[0]);
-    }
-    String::from_utf8(line).unwrap()
-}
-
 impl Peer for Redis {
     fn put(&self, stream: &mut TcpStream, n: usize, body: &[u8]) {
         let key = format!("k{n}");
@@ -164,15 +166,14 @@ impl Peer for Redis {
         stream.write_all(request.as_bytes()).unwrap();
         stream.write_all(body).unwrap();
         stream.write_all(b"\r\n").unwrap();
-        assert!(line(stream).starts_with("+OK"));
+        assert!(until(stream, b"\r\n").0.starts_with("+OK"));
     }
 
     fn get(&self, stream: &mut TcpStream, n: usize, into: &mut Vec<u8>) {
         let key = format!("k{n}");
         stream.write_all(format!("*2\r\n$3\r\nGET\r\n${}\r\n{key}\r\n", key.len()).as_bytes()).unwrap();
-        let length: usize = line(stream).trim().strip_prefix('$').unwrap().parse().unwrap();
-        into.resize(length + 2, 0);
-        stream.read_exact(into).unwrap();
+        let (length, rest) = until(stream, b"\r\n");
+        fill(stream, into, rest, length.trim().strip_prefix('$').unwrap().parse::<usize>().unwrap() + 2);
     }
 
     fn address(&self) -> SocketAddr {

@@ -21,6 +21,11 @@ pub const STREAM_QUEUE_MAX: usize = 256;
 /// Bytes that are copied and then hashed while they are still in the first-level cache; whole chunks.
 const COPY_STEP: usize = 4 * crate::checksum::CHUNK_BYTES;
 
+/// Threads that share one large batch.
+const STRANDS_MAX: usize = 4;
+/// Smaller batches are copied by the stream's own thread: starting another costs some tens of microseconds.
+const STRAND_BYTES_MIN: usize = 4 << 20;
+
 struct Submission {
     jobs: Vec<Job>,
     done: oneshot::Sender<Outcome>,
@@ -130,7 +135,39 @@ fn run(queue: &Receiver<Submission>, health: &Health) {
     }
 }
 
-fn copy_all(jobs: Vec<Job>, health: &Health) -> Outcome {
+/// Copies a batch: a large one in as many strands as the machine has cores (at most [`STRANDS_MAX`]), since
+/// one core hashes more slowly than memory delivers.
+fn copy_all(mut jobs: Vec<Job>, health: &Health) -> Outcome {
+    let bytes: usize = jobs.iter().map(|job| job.source.length()).sum();
+    let strands = thread::available_parallelism().map_or(1, usize::from).min(STRANDS_MAX).min(jobs.len());
+    if bytes < STRAND_BYTES_MIN || strands < 2 {
+        return copy_strand(jobs, health);
+    }
+    let share = jobs.len().div_ceil(strands);
+    let mut shares = Vec::with_capacity(strands);
+    while jobs.len() > share {
+        let rest = jobs.split_off(share);
+        shares.push(std::mem::replace(&mut jobs, rest));
+    }
+    let outcomes: Vec<Outcome> = thread::scope(|scope| {
+        let others: Vec<_> =
+            shares.into_iter().map(|share| scope.spawn(|| copy_strand(share, health))).collect();
+        let last = copy_strand(jobs, health);
+        let joined = others.into_iter().map(|strand| strand.join().expect("a strand returns its errors"));
+        joined.chain([last]).collect()
+    });
+    let (mut copies, mut failed) = (Vec::new(), None);
+    for outcome in outcomes {
+        match (outcome, &mut failed) {
+            (Ok(done), _) => copies.extend(done),
+            (Err(error), None) => failed = Some(error),
+            (Err(error), Some(first)) => first.targets.extend(error.targets),
+        }
+    }
+    failed.map_or(Ok(copies), Err)
+}
+
+fn copy_strand(jobs: Vec<Job>, health: &Health) -> Outcome {
     let mut copies = Vec::with_capacity(jobs.len());
     let mut jobs = jobs.into_iter();
     while let Some(Job { source, target }) = jobs.next() {
