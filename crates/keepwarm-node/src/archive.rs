@@ -302,8 +302,7 @@ where
     match fill(handle, &key, &header, &mut arriving).await {
         Ok(()) => handle.get(&key).await,
         Err(error) => {
-            // Nothing half-taken stays; what the deletion itself may say is less than what went wrong.
-            let _ = handle.delete(&key).await;
+            handle.abandon(&key).await;
             Err(error)
         }
     }
@@ -369,15 +368,15 @@ where
         content: message.content.clone(),
         tokens_end: Tokens(message.tokens_end),
     });
-    let tokens = header.tokens.iter().copied().take(header.length_tokens as usize).collect::<Vec<_>>();
-    let whole = !tokens.is_empty() && tokens.len() as u64 == header.length_tokens;
+    let spoken = !header.tokens.is_empty();
+    let tokens = header.tokens.clone();
     let delta = TranscriptDelta { tokens, messages: messages.collect(), ..TranscriptDelta::default() };
     let staged = header.parts.iter().any(|part| !part.blocks.is_empty());
-    if staged || whole {
+    if staged || spoken {
         let commit = Commit {
             txn,
             length_tokens: Tokens(header.length_tokens),
-            transcript: whole.then_some(delta),
+            transcript: spoken.then_some(delta),
             precondition: Precondition::default(),
             asked: 0,
         };

@@ -131,11 +131,14 @@ pub(crate) async fn commit(
             demands.etag = Some(Etag { birth: now.birth, revision: Revision(revision) });
         }
         if body.tokens.is_some() || body.messages.is_some() {
+            let keep_tokens = now.length_tokens.min(now.transcript_tokens);
+            let tokens = body.tokens.unwrap_or_default();
+            let end = Tokens(keep_tokens.0 + tokens.len() as u64);
             transcript = Some(TranscriptDelta {
-                keep_tokens: now.length_tokens.min(now.transcript_tokens),
+                keep_tokens,
                 keep_messages: now.transcript_messages,
-                tokens: body.tokens.unwrap_or_default(),
-                messages: messages(body.messages.unwrap_or_default(), length_tokens),
+                tokens,
+                messages: messages(body.messages.unwrap_or_default(), end),
             });
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use keepwarm_types::{Bytes, Millis, SessionKey, Timestamp};
 
 use super::command::{Command, Record, Ticket, TranscriptChange};
-use super::entry::{After, Pending};
+use super::entry::{After, End, Pending};
 use super::event::{PersistError, RequestId};
 use super::refusal::Refusal;
 use super::state::{Shard, Timer, session};
@@ -94,7 +94,7 @@ impl Shard {
     fn ended(&mut self, now: Timestamp, key: &SessionKey, pending: Pending, out: &mut Vec<Command>) {
         let Some(entry) = self.sessions.remove(key) else { return };
         let Some(manifest) = entry.manifest else { return };
-        let expired = matches!(pending.after, After::Ended { expired: true });
+        let After::Ended(end) = pending.after else { return };
         let bytes = manifest.stored_bytes();
         let birth = manifest.birth;
         out.push(Command::Release(pending.released));
@@ -111,8 +111,16 @@ impl Shard {
         }));
         self.bury(
             key.clone(),
-            super::state::Tombstone { birth, revision: manifest.revision, at: now, expired },
+            super::state::Tombstone {
+                birth,
+                revision: manifest.revision,
+                at: now,
+                expired: end == End::Expired,
+            },
         );
+        if end == End::Abandoned {
+            self.forget(key, out);
+        }
         if let Some(request) = pending.request {
             let deleted = Deleted { id: key.id, birth, revision: manifest.revision, bytes };
             out.push(Command::Reply(request, Ok(Box::new(Answer::Deleted(deleted)))));
@@ -144,7 +152,7 @@ impl Shard {
                 let refusal = Refusal::Unavailable("the catalog did not take the change");
                 out.push(Command::Reply(request, Err(refusal)));
             }
-            if matches!(pending.after, After::Ended { expired: true }) {
+            if matches!(pending.after, After::Ended(End::Expired)) {
                 self.set_timer(now + RETRY, Timer::Session(key.clone()));
             }
             self.resume(now, &key, out);
@@ -202,7 +210,7 @@ fn answer(after: After, view: super::view::SessionView, next: &Arc<Manifest>) ->
             length,
             manifest: Arc::clone(next),
         }),
-        After::Cold | After::Quiet | After::Ended { .. } => Answer::Done,
+        After::Cold | After::Quiet | After::Ended(_) => Answer::Done,
     }
 }
 

@@ -72,6 +72,15 @@ pub(super) struct Pending {
     pub(super) in_doubt: Option<Vec<super::command::Record>>,
 }
 
+/// How a session ends, and with it what its name answers from then on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Deleted,
+    Expired,
+    /// As if it had never been.
+    Abandoned,
+}
+
 /// What follows a commit.
 #[derive(Debug)]
 pub(super) enum After {
@@ -80,7 +89,7 @@ pub(super) enum After {
     /// Answer with the revision; the part's length.
     Written { length: Bytes },
     /// Answer with the end.
-    Ended { expired: bool },
+    Ended(End),
     /// Answer that it is done; caches must let go.
     Cold,
     /// Nobody asked.

@@ -265,4 +265,6 @@ pub enum Verb {
     },
     /// End the session.
     Delete,
+    /// End a session whose making failed half-way: its id may be used again at once.
+    Abandon,
 }

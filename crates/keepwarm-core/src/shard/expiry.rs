@@ -3,6 +3,7 @@
 use keepwarm_types::{SessionKey, Timestamp};
 
 use super::command::{Command, Record, Ticket};
+use super::entry::End;
 use super::state::{RETRY_AFTER, Shard, TOMBSTONE_TTL, TOMBSTONES_MAX, Timer, Tombstone};
 
 impl Shard {
@@ -32,7 +33,7 @@ impl Shard {
             self.set_timer(now + RETRY_AFTER, Timer::Session(key.clone()));
         } else {
             // It is alive and idle, so ending it cannot be refused.
-            let _ = self.delete(now, None, key, true, out);
+            let _ = self.delete(now, None, key, End::Expired, out);
         }
     }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::change::Change;
 use super::command::{Command, Record, TranscriptChange};
 use super::cut::{cut_to_bytes, cut_to_tokens};
-use super::entry::{After, Pending};
+use super::entry::{After, End, Pending};
 use super::event::{Create, Cut, Fork, ListQuery, Precondition, RequestId};
 use super::refusal::Refusal;
 use super::state::{BRANCHES_MAX, Handled, Shard, session};
@@ -306,7 +306,7 @@ impl Shard {
             let oldest = SessionKey::new(key.tenant.clone(), oldest);
             if self.sessions.get(&oldest).is_some_and(|entry| entry.lease(now).is_none() && !entry.busy()) {
                 // It is alive and idle, so ending it cannot be refused.
-                let _ = self.delete(now, None, &oldest, false, out);
+                let _ = self.delete(now, None, &oldest, End::Deleted, out);
             }
         }
     }
@@ -364,7 +364,7 @@ impl Shard {
         now: Timestamp,
         id: Option<RequestId>,
         key: &SessionKey,
-        expired: bool,
+        end: End,
         out: &mut Vec<Command>,
     ) -> Result<(), Refusal> {
         let manifest = Arc::clone(self.live(key)?.manifest()?);
@@ -379,7 +379,7 @@ impl Shard {
             birth: manifest.birth,
             revision: manifest.revision,
             at: now,
-            expired,
+            expired: end == End::Expired,
         };
         let pending = Pending {
             ticket: super::command::Ticket(0),
@@ -387,7 +387,7 @@ impl Shard {
             next: None,
             released,
             undo: staged,
-            after: After::Ended { expired },
+            after: After::Ended(end),
             in_doubt: None,
         };
         self.persist(key, pending, vec![record], out);

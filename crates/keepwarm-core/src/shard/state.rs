@@ -9,7 +9,7 @@ use keepwarm_types::{
 };
 
 use super::command::{Command, Residence, Ticket};
-use super::entry::Entry;
+use super::entry::{End, Entry};
 use super::event::{Event, Request, RequestId, Verb};
 use super::refusal::Refusal;
 use super::view::Answer;
@@ -244,7 +244,8 @@ impl Shard {
             Verb::Truncate { cut, precondition } => self.truncate(now, id, key, cut, precondition, out),
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
-            Verb::Delete => self.delete(now, Some(id), key, false, out).map(|()| None),
+            Verb::Delete => self.delete(now, Some(id), key, End::Deleted, out).map(|()| None),
+            Verb::Abandon => self.delete(now, Some(id), key, End::Abandoned, out).map(|()| None),
         }
     }
 
@@ -345,7 +346,8 @@ const fn waits(verb: &Verb) -> bool {
         | Verb::Fork(_)
         | Verb::GoCold { .. }
         | Verb::Abort(_)
-        | Verb::Delete => true,
+        | Verb::Delete
+        | Verb::Abandon => true,
         Verb::Get
         | Verb::List(_)
         | Verb::PlanWrite(_)

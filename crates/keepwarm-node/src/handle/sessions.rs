@@ -293,9 +293,20 @@ impl Handle {
     /// # Errors
     /// [`Error`].
     pub async fn delete(&self, key: &SessionKey) -> Result<Receipt, Error> {
+        self.end(key, Verb::Delete).await
+    }
+
+    /// Ends a session whose making failed half-way; what that may answer is less than what went wrong.
+    pub(crate) async fn abandon(&self, key: &SessionKey) {
+        if let Err(error) = self.end(key, Verb::Abandon).await {
+            tracing::warn!(%key, %error, "a session that failed half-way could not be taken back");
+        }
+    }
+
+    async fn end(&self, key: &SessionKey, verb: Verb) -> Result<Receipt, Error> {
         let before = self.get(key).await?;
         let permit = self.admit()?;
-        let answered = self.ask(key, Verb::Delete, Vec::new(), Some(permit)).await?;
+        let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
         let Answer::Deleted(deleted) = *answered.answer else { return Err(odd("an end")) };
         for gpu in self.links().gpus() {
             let (reply, gone) = oneshot::channel();

@@ -116,10 +116,10 @@ fn two_parts_commit_together_or_not_at_all() {
         let write = bench.laid(part, mode, &plan, 40, Some(txn(1)), Precondition::default());
         bench.ask(&key(1), Verb::Write(write)).unwrap();
     };
-    let commit = |keep| {
+    let commit = |keep, tokens: &[u32]| {
         let delta = TranscriptDelta {
             keep_tokens: Tokens(keep),
-            tokens: vec![1, 2, 3, 4],
+            tokens: tokens.to_vec(),
             ..TranscriptDelta::default()
         };
         Verb::Commit(Commit {
@@ -131,22 +131,25 @@ fn two_parts_commit_together_or_not_at_all() {
         })
     };
     stage(&mut bench, "a");
-    match bench.ask(&key(1), commit(0)).unwrap_err() {
+    match bench.ask(&key(1), commit(0, &[1, 2, 3, 4])).unwrap_err() {
         Refusal::Incomplete { part, have, need } => {
             assert_eq!((part.as_str(), have, need), ("b", Tokens(0), Tokens(4)))
         }
         other => panic!("{other:?}"),
     }
     stage(&mut bench, "b");
-    let done = written(bench.ask(&key(1), commit(0))).unwrap();
+    let done = written(bench.ask(&key(1), commit(0, &[1, 2, 3, 4]))).unwrap();
     assert_eq!(
         (done.revision.0, done.length_tokens, done.manifest.transcript_tokens),
         (1, Tokens(4), Tokens(4))
     );
     assert!(
-        matches!(bench.ask(&key(1), commit(4)), Err(Refusal::InvalidField { .. })),
-        "the same tokens again are too many"
+        matches!(bench.ask(&key(1), commit(3, &[])), Err(Refusal::InvalidField { .. })),
+        "state needs a token each"
     );
+    // The token that was sampled last is not state yet.
+    let ahead = written(bench.ask(&key(1), commit(4, &[5]))).unwrap();
+    assert_eq!((ahead.length_tokens, ahead.manifest.transcript_tokens), (Tokens(4), Tokens(5)));
 }
 
 #[test]
