@@ -1,6 +1,8 @@
 //! What the whole-system tests share: a real node behind a real listener, and a client that reads answers.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on fails")]
 
+pub mod sim;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask test`, `tidy`, `bench`.
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`.
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
 mod test;
@@ -28,6 +28,13 @@ enum Task {
         /// Which; all where none is named.
         names: Vec<String>,
     },
+    /// The simulation of a node: `--seed N`, `--seeds M`, `--verbose`; see its own `--help`.
+    #[command(disable_help_flag = true)]
+    Sim {
+        /// Options of the simulation.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
 }
 
 /// The repository's root.
@@ -35,18 +42,22 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, PathBuf::from)
 }
 
+/// Builds and runs a package's program.
+fn cargo_run(package: &str, arguments: &[String]) -> Result<bool> {
+    let mut command = Command::new("cargo");
+    command
+        .args(["run", "--release", "--quiet", "--package", package, "--"])
+        .args(arguments)
+        .current_dir(root());
+    Ok(command.status().context("cargo could not be started")?.success())
+}
+
 fn run(options: &Options) -> Result<bool> {
     match &options.command {
         Task::Test(options) => test::run(&root(), options),
         Task::Tidy => tidy::run(&root()),
-        Task::Bench { names } => {
-            let mut command = Command::new("cargo");
-            command
-                .args(["run", "--release", "--package", "keepwarm-benches", "--"])
-                .args(names)
-                .current_dir(root());
-            Ok(command.status().context("cargo could not be started")?.success())
-        }
+        Task::Bench { names } => cargo_run("keepwarm-benches", names),
+        Task::Sim { options } => cargo_run("keepwarm-tests", options),
     }
 }
 
