@@ -23,7 +23,7 @@ const COPY_STEP: usize = 4 * crate::checksum::CHUNK_BYTES;
 
 /// Threads that share one large batch.
 const STRANDS_MAX: usize = 4;
-/// Smaller batches are copied by the stream's own thread: starting another costs some tens of microseconds.
+/// Smaller batches are copied by the stream's own thread: waking another costs some tens of microseconds.
 const STRAND_BYTES_MIN: usize = 4 << 20;
 
 struct Submission {
@@ -76,13 +76,21 @@ impl HostDevice {
     pub fn new(settings: &ArenaSettings, faults: Arc<FaultPlan>) -> Result<Self, ReserveError> {
         let arena = Arena::with_faults(settings, Some(Arc::clone(&faults)))?;
         let health = Arc::new(Health { state: Mutex::new(DeviceState::Up), faults });
+        let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            thread::Builder::new()
+                .name(format!("{}-{name}", settings.name))
+                .spawn(work)
+                .map_err(|cause| ReserveError::System { size: settings.bytes, cause })
+        };
+        let (strands, batches) = bounded::<Arc<Batch>>(STRANDS_MAX);
+        for _ in 1..strand_count() {
+            let (batches, health) = (batches.clone(), Arc::clone(&health));
+            start("strand", Box::new(move || batches.iter().for_each(|batch| batch.work(&health))))?;
+        }
         let stream = |direction: &str| {
             let (send, receive) = bounded(STREAM_QUEUE_MAX);
-            let health = Arc::clone(&health);
-            thread::Builder::new()
-                .name(format!("{}-{direction}", settings.name))
-                .spawn(move || run(&receive, &health))
-                .map_err(|cause| ReserveError::System { size: settings.bytes, cause })?;
+            let (health, strands) = (Arc::clone(&health), strands.clone());
+            start(direction, Box::new(move || run(&receive, &health, &strands)))?;
             Ok(send)
         };
         let streams = [stream("in")?, stream("out")?];
@@ -127,59 +135,66 @@ impl Device for HostDevice {
     }
 }
 
-fn run(queue: &Receiver<Submission>, health: &Health) {
+fn run(queue: &Receiver<Submission>, health: &Arc<Health>, strands: &Sender<Arc<Batch>>) {
     for Submission { jobs, done } in queue {
         health.faults.wait_while_hung();
         // Nobody waits any more: the copies go back to their arena right here.
-        drop(done.send(copy_all(jobs, health)));
+        drop(done.send(copy_all(jobs, health, strands)));
     }
 }
 
-/// Copies a batch: a large one in as many strands as the machine has cores (at most [`STRANDS_MAX`]), since
-/// one core hashes more slowly than memory delivers.
-fn copy_all(mut jobs: Vec<Job>, health: &Health) -> Outcome {
-    let bytes: usize = jobs.iter().map(|job| job.source.length()).sum();
-    let strands = thread::available_parallelism().map_or(1, usize::from).min(STRANDS_MAX).min(jobs.len());
-    if bytes < STRAND_BYTES_MIN || strands < 2 {
-        return copy_strand(jobs, health);
-    }
-    let share = jobs.len().div_ceil(strands);
-    let mut shares = Vec::with_capacity(strands);
-    while jobs.len() > share {
-        let rest = jobs.split_off(share);
-        shares.push(std::mem::replace(&mut jobs, rest));
-    }
-    let outcomes: Vec<Outcome> = thread::scope(|scope| {
-        let others: Vec<_> =
-            shares.into_iter().map(|share| scope.spawn(|| copy_strand(share, health))).collect();
-        let last = copy_strand(jobs, health);
-        let joined = others.into_iter().map(|strand| strand.join().expect("a strand returns its errors"));
-        joined.chain([last]).collect()
-    });
-    let (mut copies, mut failed) = (Vec::new(), None);
-    for outcome in outcomes {
-        match (outcome, &mut failed) {
-            (Ok(done), _) => copies.extend(done),
-            (Err(error), None) => failed = Some(error),
-            (Err(error), Some(first)) => first.targets.extend(error.targets),
-        }
-    }
-    failed.map_or(Ok(copies), Err)
+/// A batch that strands share: each takes the next job until none is left.
+struct Batch {
+    left: Mutex<std::iter::Enumerate<std::vec::IntoIter<Job>>>,
+    /// Room for every job's end, so that no strand waits to report one.
+    ends: Sender<(usize, Result<Block, (DeviceError, BlockMut)>)>,
 }
 
-fn copy_strand(jobs: Vec<Job>, health: &Health) -> Outcome {
-    let mut copies = Vec::with_capacity(jobs.len());
-    let mut jobs = jobs.into_iter();
-    while let Some(Job { source, target }) = jobs.next() {
-        match copy(&source, target, health) {
-            Ok(block) => copies.push(block),
-            Err((cause, target)) => {
-                let targets = std::iter::once(target).chain(jobs.map(|job| job.target)).collect();
-                return Err(TransferError { cause, targets });
+impl Batch {
+    fn work(&self, health: &Health) {
+        loop {
+            let next = self.left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((place, Job { source, target })) = next else { return };
+            if self.ends.send((place, copy(&source, target, health))).is_err() {
+                return;
             }
         }
     }
-    Ok(copies)
+}
+
+/// Copies a batch, a large one with the help of the device's other strands, since one core hashes more slowly
+/// than memory delivers.
+fn copy_all(jobs: Vec<Job>, health: &Arc<Health>, strands: &Sender<Arc<Batch>>) -> Outcome {
+    let (count, bytes) = (jobs.len(), jobs.iter().map(|job| job.source.length()).sum::<usize>());
+    let (ends, ended) = bounded(count);
+    let batch = Arc::new(Batch { left: Mutex::new(jobs.into_iter().enumerate()), ends });
+    if bytes >= STRAND_BYTES_MIN {
+        for _ in 1..strand_count().min(count) {
+            // A strand that is busy with another stream's batch is not waited for.
+            let _ = strands.try_send(Arc::clone(&batch));
+        }
+    }
+    batch.work(health);
+    drop(batch);
+    let mut copies: Vec<(usize, Block)> = Vec::with_capacity(count);
+    let mut failed = None::<TransferError>;
+    for (place, end) in ended.iter().take(count) {
+        match (end, &mut failed) {
+            (Ok(block), _) => copies.push((place, block)),
+            (Err((_, target)), Some(error)) => error.targets.push(target),
+            (Err((cause, target)), None) => failed = Some(TransferError { cause, targets: vec![target] }),
+        }
+    }
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    copies.sort_unstable_by_key(|(place, _)| *place);
+    Ok(copies.into_iter().map(|(_, block)| block).collect())
+}
+
+/// Threads that share one large batch: as many as the machine has cores, at most [`STRANDS_MAX`].
+fn strand_count() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).min(STRANDS_MAX)
 }
 
 fn copy(source: &Block, mut target: BlockMut, health: &Health) -> Result<Block, (DeviceError, BlockMut)> {
