@@ -259,9 +259,10 @@ pub(crate) fn run() {
         "{:<6} {:>6} {:>5} {:>10} {:>10} {:>10} {:>9} {:>9}",
         "", "MiB", "conns", "keepwarm", "bare", "redis", "/bare", "/redis"
     );
-    for put in [true, false] {
+    for size in SIZES {
         for connections in CONNECTIONS {
-            for size in SIZES {
+            // What a GET finds is what the PUT before it left.
+            for put in [true, false] {
                 let (mut a, mut b, mut c) = (Vec::new(), Vec::new(), Vec::new());
                 for warm in 0..=ROUNDS {
                     let (x, y) = (round(&ours, connections, size, put), round(&bare, connections, size, put));

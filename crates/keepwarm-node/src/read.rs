@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 /// Pieces at least this long are handed on as they lie; shorter ones are gathered into buffers.
 const ZERO_COPY_MIN: usize = 16 << 10;
 /// Size of a gathered buffer, and of the pieces that a large block is handed on in.
-const PIECE_BYTES: usize = 256 << 10;
+const PIECE_BYTES: usize = 1 << 20;
 
 /// A part of one committed revision; the bytes are there until it drops.
 #[derive(Debug)]
