@@ -1,5 +1,4 @@
-//! The built-in engine: prefill, decode of eight together next to one alone, and the resume of a 2,000-token
-//! chat next to recomputing it.
+//! The built-in engine: prefill, and decode of eight sessions together next to one alone.
 
 use std::time::Instant;
 
@@ -43,7 +42,7 @@ pub(crate) fn run() {
         return;
     };
     let model = Model::load(&path).unwrap();
-    let tokens: Vec<u32> = (0..2100).map(|n| 1000 + n * 7 % 20_000).collect();
+    let tokens: Vec<u32> = (0..2000).map(|n| 1000 + n * 7 % 20_000).collect();
     for context in [256, 1000, 2000] {
         let mut speeds = Vec::new();
         for _ in 0..3 {
@@ -63,13 +62,4 @@ pub(crate) fn run() {
         median(one),
         median(eight)
     );
-    let mut kv = HeapKv::new(model.geometry(), 2100);
-    let recompute = prefill(&model, &mut kv, 0, &tokens[..2000]);
-    // A resume computes the new tokens alone; bringing the state back is the bench `restore`: some ms.
-    let mut resumes = Vec::new();
-    for _ in 0..ROUNDS {
-        resumes.push(prefill(&model, &mut kv, 2000, &tokens[2000..2001]));
-    }
-    let resume = median(resumes);
-    println!("2,000 tokens: recompute {recompute:.2} s, first token on present state {:.1} ms", resume * 1e3);
 }

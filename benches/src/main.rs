@@ -13,6 +13,8 @@ mod brain;
 mod engine;
 mod parts;
 mod restore;
+mod resume;
+mod steady;
 
 /// Rounds of each side.
 pub(crate) const ROUNDS: usize = 5;
@@ -25,8 +27,14 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 type Bench = (&'static str, fn());
 
-const BENCHES: [Bench; 4] =
-    [("parts", parts::run), ("restore", restore::run), ("engine", engine::run), ("core", brain::run)];
+const BENCHES: [Bench; 6] = [
+    ("parts", parts::run),
+    ("restore", restore::run),
+    ("engine", engine::run),
+    ("resume", resume::run),
+    ("core", brain::run),
+    ("steady", steady::run),
+];
 
 fn main() {
     let names: Vec<String> = std::env::args().skip(1).collect();

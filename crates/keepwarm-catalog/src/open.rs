@@ -14,6 +14,8 @@ use uuid::Uuid;
 use crate::writer::Writer;
 
 /// Version of what this crate writes; a higher one on disk is refused.
+/// Pages that the database keeps in memory: some 100,000 sessions' records; beyond, it reads the disk again.
+const CACHE_BYTES: usize = 64 << 20;
 const FORMAT: u64 = 1;
 /// The database's file in its folder.
 const FILE: &str = "catalog.redb";
@@ -141,7 +143,10 @@ impl Catalog {
         std::fs::create_dir_all(folder).map_err(|cause| io(folder, cause))?;
         let lock = lock(folder)?;
         let path = folder.join(FILE);
-        let database = Database::builder().create(&path).map_err(|error| database_error(&path, error))?;
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(&path)
+            .map_err(|error| database_error(&path, error))?;
         Self::start(database, &path, settings, Some(lock))
     }
 
@@ -152,6 +157,7 @@ impl Catalog {
     pub fn ephemeral(settings: &CatalogSettings) -> Result<(Self, Recovered), OpenError> {
         let path = PathBuf::from("(memory)");
         let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
             .create_with_backend(InMemoryBackend::new())
             .map_err(|error| database_error(&path, error))?;
         Self::start(database, &path, settings, None)

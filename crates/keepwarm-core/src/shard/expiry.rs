@@ -83,6 +83,7 @@ impl Shard {
     /// Nobody waits for a forgetting: if it is not persisted, the next start finds the tombstone due again.
     pub(super) fn forget(&mut self, key: &SessionKey, out: &mut Vec<Command>) {
         let Some(grave) = self.tombstones.remove(key) else { return };
+        self.timers.remove(&(grave.at + TOMBSTONE_TTL, Timer::Tombstone(key.clone())));
         if let Some(graves) = self.graves.get_mut(&key.tenant) {
             graves.remove(&(grave.at, key.clone()));
             if graves.is_empty() {

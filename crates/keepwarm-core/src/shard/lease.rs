@@ -53,8 +53,9 @@ impl Shard {
         let (granted, clipped) = clip(ttl);
         let expires_at = now + granted;
         let held = self.held(now, key, lease)?;
-        held.expires_at = expires_at;
+        let before = std::mem::replace(&mut held.expires_at, expires_at);
         let lease = *held;
+        self.timers.remove(&(before, Timer::Lease(key.clone())));
         self.set_timer(expires_at, Timer::Lease(key.clone()));
         self.touch(now, key, out);
         Ok(Some(Answer::Lease(Box::new(LeaseGrant { lease, clipped, manifest, ttl: granted }))))
@@ -68,8 +69,9 @@ impl Shard {
         out: &mut Vec<Command>,
     ) -> Handled {
         self.live(key)?;
-        self.held(now, key, lease)?;
+        let expires_at = self.held(now, key, lease)?.expires_at;
         self.entry(key)?.work().lease = None;
+        self.timers.remove(&(expires_at, Timer::Lease(key.clone())));
         self.touch(now, key, out);
         Ok(Some(Answer::Done))
     }

@@ -306,6 +306,11 @@ impl Shard {
     /// # Panics
     /// If an invariant is broken.
     pub fn validate(&self) {
+        for (_, timer) in &self.timers {
+            if let Timer::Tombstone(key) = timer {
+                assert!(self.tombstones.contains_key(key), "{key}: a timer outlives its tombstone");
+            }
+        }
         for (key, entry) in &self.sessions {
             assert_eq!(
                 self.settings.count.shard_of(key.id),
