@@ -7,6 +7,7 @@
 mod auth;
 mod dto;
 mod extract;
+mod linger;
 mod openai;
 mod openapi;
 mod problem;

@@ -86,6 +86,7 @@ pub fn router(state: ApiState) -> Router {
         // Bodies are bounded where they are read: JSON by its limit, parts by theirs.
         .layer(DefaultBodyLimit::disable())
         .layer(middleware::from_fn_with_state(state.clone(), around))
+        .layer(middleware::from_fn(crate::linger::linger))
         .with_state(state)
 }
 
