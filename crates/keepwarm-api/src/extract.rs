@@ -12,8 +12,9 @@ use http_body_util::{BodyExt, Limited};
 use keepwarm_core::session::Etag;
 use keepwarm_core::shard::Precondition;
 use keepwarm_node::BodyDigest;
-use keepwarm_types::{SessionId, SessionKey};
+use keepwarm_types::{SessionId, SessionKey, TenantName};
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
 use crate::auth::Caller;
 use crate::problem::Problem;
@@ -99,9 +100,30 @@ impl FromRequestParts<ApiState> for Session {
         let named = |wanted: &str| {
             names.iter().find(|(name, _)| name == wanted).map_or("", |(_, value)| value.as_str())
         };
-        let id = SessionId::from_str(named("id")).map_err(|error| Problem::field("id", error))?;
+        let id = session_of(named("id"), &caller.tenant).map_err(|reason| Problem::field("id", reason))?;
         let key = SessionKey::new(caller.tenant, id);
         Ok(Self { key, part: named("part").to_owned() })
+    }
+}
+
+/// Longest name of a session that is no UUID.
+const SESSION_NAME_MAX: usize = 256;
+
+/// The session that a text names: a UUID is its id, any other name becomes a UUIDv5 in the tenant's name space.
+pub(crate) fn session_of(text: &str, tenant: &TenantName) -> Result<SessionId, String> {
+    if text.len() > SESSION_NAME_MAX {
+        return Err(format!("has more than {SESSION_NAME_MAX} bytes"));
+    }
+    match SessionId::from_str(text) {
+        Ok(id) => Ok(id),
+        // Rather a slip in a UUID than a name.
+        Err(error) if text.len() >= 32 && text.chars().all(|c| c.is_ascii_hexdigit() || c == '-') => {
+            Err(error.to_string())
+        }
+        Err(_) => {
+            let space = Uuid::new_v5(&Uuid::NAMESPACE_URL, format!("keepwarm://tenant/{tenant}").as_bytes());
+            Ok(SessionId::new(Uuid::new_v5(&space, text.as_bytes())).expect("version 5 is a session id's"))
+        }
     }
 }
 

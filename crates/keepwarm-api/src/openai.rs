@@ -12,7 +12,7 @@ use futures::StreamExt;
 use keepwarm_engine::chat::{
     ChatEvent, ChatMessage, ChatRequest, ChatStream, Finished, Prompt, SessionRef, Started,
 };
-use keepwarm_types::{SessionId, TenantName};
+use keepwarm_types::TenantName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,14 +20,12 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::auth::Caller;
-use crate::extract::{Json, header_text, if_match};
+use crate::extract::{Json, header_text, if_match, session_of};
 use crate::problem::Problem;
 use crate::routes::{ApiState, KEEP_ALIVE};
 
 /// Headers that bind a call to a session, in the order in which they are looked for.
 const SESSION_HEADERS: [&str; 3] = ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id"];
-/// Longest session name in a header.
-const SESSION_NAME_MAX: usize = 256;
 /// Most stop texts, as OpenAI's API has it.
 const STOPS_MAX: usize = 4;
 
@@ -185,19 +183,13 @@ fn messages_of(messages: Vec<Message>) -> Result<Vec<ChatMessage>, Problem> {
     messages.into_iter().enumerate().map(message).collect()
 }
 
-/// The session that the headers name. A text that is no UUID becomes a UUIDv5 in the tenant's name space.
+/// The session that the headers name.
 fn session(headers: &HeaderMap, tenant: &TenantName) -> Result<Option<SessionRef>, Problem> {
     for name in SESSION_HEADERS {
         let Some(text) = header_text(headers, name)?.map(str::trim).filter(|text| !text.is_empty()) else {
             continue;
         };
-        if text.len() > SESSION_NAME_MAX {
-            return Err(Problem::field(name, format!("has more than {SESSION_NAME_MAX} bytes")));
-        }
-        let id = text.parse::<SessionId>().unwrap_or_else(|_| {
-            let space = Uuid::new_v5(&Uuid::NAMESPACE_URL, format!("keepwarm://tenant/{tenant}").as_bytes());
-            SessionId::new(Uuid::new_v5(&space, text.as_bytes())).expect("version 5 is a session id's")
-        });
+        let id = session_of(text, tenant).map_err(|reason| Problem::field(name, reason))?;
         return Ok(Some(SessionRef { id, if_match: if_match(headers)? }));
     }
     if headers.contains_key(header::IF_MATCH) {

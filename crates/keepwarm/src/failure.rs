@@ -12,7 +12,7 @@ pub(crate) enum Kind {
     Failed,
     /// The command line asks for something that cannot be: 2, as clap has it.
     Usage,
-    /// The server is not there, or its address is taken: 69, `EX_UNAVAILABLE`.
+    /// The server is not there, or its address or data folder cannot be had: 69, `EX_UNAVAILABLE`.
     Unavailable,
     /// The configuration is wrong: 78, `EX_CONFIG`.
     Config,

@@ -82,7 +82,8 @@ fn start_failure(error: StartError) -> Failure {
         | StartError::Cluster(_)
         | StartError::Device { .. }
         | StartError::Memory { .. } => Failure::config(error),
-        StartError::Catalog(_) | StartError::Actors(_) => Failure::failed(error),
+        StartError::Catalog(_) => Failure::unavailable(error),
+        StartError::Actors(_) => Failure::failed(error),
     }
 }
 

@@ -57,6 +57,14 @@ impl Client {
         self.on_session(Method::GET, id, &[]).answer().await
     }
 
+    /// A session by its name: a UUID, or the text that chat calls were bound to.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn session_named(&self, name: &str) -> Result<Session, ClientError> {
+        self.call(Method::GET, &["v1", "sessions", name]).answer().await
+    }
+
     /// One page of sessions, from `cursor` on, at most `limit` (1 to 1,000).
     ///
     /// # Errors

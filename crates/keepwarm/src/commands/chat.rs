@@ -117,16 +117,16 @@ async fn read_line(mut editor: DefaultEditor) -> Result<(DefaultEditor, Option<S
 impl Conversation {
     /// Takes over what the session has, if it is there.
     async fn resume(&mut self) -> Result<(), Failure> {
-        let Ok(id) = self.session.parse::<Uuid>() else { return Ok(()) };
-        let transcript = match self.client.transcript(id).await {
-            Ok(transcript) => transcript,
+        let session = match self.client.session_named(&self.session).await {
+            Ok(session) => session,
             Err(error) if error.code() == Some("unknown_session") => return Ok(()),
             Err(error) => return Err(error.into()),
         };
+        let transcript = self.client.transcript(session.id).await?;
         let message =
             |message: keepwarm_client::StoredMessage| ChatMessage::new(message.role, message.content);
         self.history = transcript.messages.into_iter().map(message).collect();
-        self.revision = self.client.session(id).await?.etag();
+        self.revision = session.etag();
         Ok(())
     }
 
