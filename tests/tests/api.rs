@@ -564,3 +564,24 @@ async fn chat_speaks_as_openai_does() {
     assert_eq!(plain.json()["object"], "text_completion");
     server.stop().await;
 }
+
+/// A client that stops reading holds its own answer, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_stops_reading_disturbs_nobody() {
+    let server = Server::start(None, Setup { pinned: 64 << 20, ..Setup::default() }).await;
+    let path = server.session(&bytes_layout()).await;
+    let part = format!("{path}/parts/b");
+    assert_eq!(server.put(&part, pattern(1, 24 << 20)).await.status, 200);
+    let address = server.url.trim_start_matches("http://").to_owned();
+    let mut slow = TcpStream::connect(&address).await.unwrap();
+    slow.write_all(format!("GET {part} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+    let mut first = [0; 1024];
+    slow.read_exact(&mut first).await.unwrap();
+    assert_eq!(server.get(&part).await.body.len(), 24 << 20, "others read the same bytes");
+    assert_eq!(send(server.request(Method::DELETE, &path)).await.status, 200);
+    let used = async |server: &Server| server.handle.used().await.1;
+    assert!(used(&server).await >= Bytes(23 << 20), "its bytes stay while they are read");
+    drop(slow);
+    server.until("the memory is given back", async |server| used(server).await == Bytes::ZERO).await;
+    server.stop().await;
+}

@@ -69,6 +69,7 @@ pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
         steps.step("dependencies", || dependencies(root));
         steps.step("weights", || weights(root));
         steps.step("tests", || tests(root, options.filter.as_deref()));
+        steps.step("python client", || python_client(root));
         steps.step("doc tests", || {
             command(root, "cargo", &["test", "--release", "--workspace", "--doc", "--quiet"])
         });
@@ -129,6 +130,31 @@ fn weights(root: &Path) -> Outcome {
             "no model weights ({reason}): tests that need them say SKIPPED and use a tiny model"
         )),
         other => other,
+    }
+}
+
+/// The OpenAI API through OpenAI's own client, which pip fetches into the target folder.
+fn python_client(root: &Path) -> Outcome {
+    const PACKAGE: &str = "openai==3.57.0";
+    let folder = root.join("target/python");
+    if !folder.join("openai").is_dir() {
+        let folder = folder.display().to_string();
+        let pip =
+            ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", &folder, PACKAGE];
+        if let Outcome::Failed(reason) = command(root, "python3", &pip) {
+            return Outcome::Skipped(format!("{PACKAGE} could not be installed: {reason}"));
+        }
+    }
+    match command(root, "cargo", &["build", "--release", "--quiet", "--package", "keepwarm"]) {
+        Outcome::Passed => {}
+        other => return other,
+    }
+    let mut python = Command::new("python3");
+    python.args(["tests/python/openai_client.py", "target/release/keepwarm"]);
+    match python.env("PYTHONPATH", &folder).current_dir(root).status() {
+        Ok(status) if status.success() => Outcome::Passed,
+        Ok(status) => Outcome::Failed(format!("the client's checks ended with {status}")),
+        Err(error) => Outcome::Failed(format!("python3 could not be started: {error}")),
     }
 }
 
