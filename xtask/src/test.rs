@@ -69,6 +69,10 @@ pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
         steps.step("dependencies", || dependencies(root));
         steps.step("weights", || weights(root));
         steps.step("tests", || tests(root, options.filter.as_deref()));
+        steps.step("interleavings", || {
+            let test = ["--package", "keepwarm-memory", "--features", "shuttle", "--test", "interleavings"];
+            command(root, "cargo", &[&["test", "--release"][..], &test].concat())
+        });
         steps.step("python client", || python_client(root));
         steps.step("doc tests", || {
             command(root, "cargo", &["test", "--release", "--workspace", "--doc", "--quiet"])

@@ -15,6 +15,7 @@ mod device;
 mod fault;
 mod guard;
 mod region;
+mod sync;
 
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};

@@ -7,13 +7,14 @@
 mod table;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use keepwarm_types::{Bytes, Owner, TenantName};
 
 use crate::fault::FaultPlan;
 use crate::guard::BlockMut;
 use crate::region::{LockReport, Region, ReserveError};
+use crate::sync::{Mutex, MutexGuard};
 pub(crate) use table::Slot;
 use table::{Past, Table};
 
