@@ -143,11 +143,14 @@ fn run(queue: &Receiver<Submission>, health: &Arc<Health>, strands: &Sender<Arc<
     }
 }
 
+/// A copy, or why there is none, with the target back.
+type Copied = Result<Block, (DeviceError, BlockMut)>;
+
 /// A batch that strands share: each takes the next job until none is left.
 struct Batch {
     left: Mutex<std::iter::Enumerate<std::vec::IntoIter<Job>>>,
     /// Room for every job's end, so that no strand waits to report one.
-    ends: Sender<(usize, Result<Block, (DeviceError, BlockMut)>)>,
+    ends: Sender<(usize, Copied)>,
 }
 
 impl Batch {
@@ -197,7 +200,7 @@ fn strand_count() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(STRANDS_MAX)
 }
 
-fn copy(source: &Block, mut target: BlockMut, health: &Health) -> Result<Block, (DeviceError, BlockMut)> {
+fn copy(source: &Block, mut target: BlockMut, health: &Health) -> Copied {
     if let Err(cause) = health.check() {
         return Err((cause, target));
     }
