@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 use crate::admission::Permit;
+use crate::book::Claim;
 use crate::error::Error;
 use crate::handle::{BodyDigest, Handle, WriteDone, WriteRequest};
 use crate::pinned::Pool;
@@ -34,6 +35,7 @@ pub struct WriteSink {
     plan: WritePlan,
     owner: Owner,
     permit: Option<Permit>,
+    claim: Option<Claim>,
     received: u64,
     ready: Vec<BlockMut>,
     filling: Option<(BlockMut, BlockHasher)>,
@@ -109,6 +111,7 @@ impl WriteSink {
             plan: *plan,
             owner,
             permit: Some(permit),
+            claim: handle.inner().book.claim(key),
             received: 0,
             ready: Vec::new(),
             filling: None,
@@ -125,6 +128,9 @@ impl WriteSink {
         let tail = tail.into_iter().next();
         let tail_bytes = u64::from(self.plan.tail_bytes);
         if let Some(body) = self.request.body {
+            if let Some(claim) = &mut self.claim {
+                claim.grow(body.0)?;
+            }
             self.reserve(tail_bytes + body.0).await?;
         }
         let Some(tail) = tail else { return Ok(()) };
@@ -180,6 +186,11 @@ impl WriteSink {
             self.request.body.unwrap_or(BODY_BYTES_MAX).min(self.plan.exact.unwrap_or(BODY_BYTES_MAX));
         if self.received > limit.0 {
             return Err(Error::BodyTooLarge { limit });
+        }
+        if let Some(claim) = &mut self.claim
+            && self.received > claim.bytes()
+        {
+            claim.grow(self.received - claim.bytes())?;
         }
         match &mut self.digest {
             Hasher::None => {}

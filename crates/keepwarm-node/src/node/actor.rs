@@ -139,6 +139,9 @@ impl NodeState {
         if first {
             manifests.iter().for_each(|manifest| inner.book.recovered(&manifest.key.tenant));
         }
+        for manifest in &manifests {
+            inner.book.hold(&manifest.key, Some(manifest.protect), Bytes::ZERO);
+        }
         let core = Shard::recover(settings, now(), manifests, tombstones);
         let deadline = Arc::clone(&self.deadlines[index]);
         deadline.store(Timestamp::NEVER.0, Ordering::Relaxed);

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use keepwarm_catalog::Catalog;
+use keepwarm_core::session::Protect;
 use keepwarm_core::shard::{
     Answer, Command, Event, PersistError, Record, Request, RequestId, Shard, Ticket, Verb,
 };
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, ColdReason, InstanceId, SessionKey};
+use keepwarm_types::{Birth, ColdReason, InstanceId, SessionKey, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
@@ -110,6 +111,9 @@ impl ShardState {
                 Command::Retain(instances) => instances.iter().for_each(|instance| self.name(*instance)),
                 Command::Release(instances) => instances.iter().for_each(|instance| self.unname(*instance)),
                 Command::Reside(residence) => {
+                    let forever = residence.protected_until == Timestamp::NEVER;
+                    let protect = forever.then_some(Protect::Forever);
+                    self.args.handle.inner().book.hold(&residence.key, protect, residence.bytes);
                     if let Ok(pinned) = self.args.handle.links().pinned() {
                         let _ = pinned.cast(PinnedMsg::Reside(residence));
                     }
