@@ -140,7 +140,8 @@ impl<T: DeserializeOwned + Send> FromRequestParts<ApiState> for Query<T> {
                     std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
                 let named =
                     text.split('`').nth(1).or_else(|| text.split(':').next()).unwrap_or("query").to_owned();
-                Problem::field(named, text)
+                let reason = text.strip_prefix(&format!("{named}: ")).unwrap_or(&text);
+                Problem::field(&named, reason)
             },
         )
     }

@@ -188,6 +188,11 @@ fn copy_all(jobs: Vec<Job>, health: &Arc<Health>, strands: &Sender<Arc<Batch>>) 
             (Err((cause, target)), None) => failed = Some(TransferError { cause, targets: vec![target] }),
         }
     }
+    if failed.is_none() && copies.len() < count {
+        health.fence("a copying thread ended");
+        let cause = DeviceError::Fenced("a copying thread ended".to_owned());
+        failed = Some(TransferError { cause, targets: Vec::new() });
+    }
     if let Some(error) = failed {
         return Err(error);
     }
