@@ -66,10 +66,11 @@ impl Model {
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let io = |cause| LoadError::Io { path: path.to_owned(), cause };
         let bytes = std::fs::read(path).map_err(io)?;
+        let broken = |reason: String| LoadError::Broken { path: path.to_owned(), reason };
+        super::header::check(&bytes).map_err(broken)?;
         let hash = blake3::hash(&bytes);
         drop(bytes);
         let mut file = BufReader::new(File::open(path).map_err(io)?);
-        let broken = |reason: String| LoadError::Broken { path: path.to_owned(), reason };
         let content = Content::read(&mut file).map_err(|error| broken(error.to_string()))?;
         file.rewind().map_err(io)?;
         let mut reader = Reader { path, content, file };

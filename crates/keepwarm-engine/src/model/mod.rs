@@ -10,6 +10,7 @@
 mod attention;
 mod forward;
 mod gguf;
+mod header;
 mod kv;
 mod math;
 mod sample;
