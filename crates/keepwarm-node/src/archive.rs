@@ -230,6 +230,15 @@ struct Arriving<S> {
 }
 
 impl<S: Stream<Item = Result<Buffer, Error>> + Unpin> Arriving<S> {
+    /// Nothing may follow an archive.
+    async fn ended(&mut self) -> Result<(), Error> {
+        while self.rest.is_empty() {
+            let Some(next) = self.stream.next().await else { return Ok(()) };
+            self.rest = next?;
+        }
+        Err(damaged(format!("{} bytes or more follow its end", self.rest.len())))
+    }
+
     /// The next bytes, at most `limit`; an error where the archive ends.
     async fn some(&mut self, limit: usize) -> Result<Buffer, Error> {
         while self.rest.is_empty() {
@@ -363,6 +372,7 @@ where
             detail: "the archive does not have its checksum".to_owned(),
         });
     }
+    arriving.ended().await?;
     let messages = header.messages.iter().map(|message| Message {
         role: message.role.clone(),
         content: message.content.clone(),
