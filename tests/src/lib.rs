@@ -150,6 +150,13 @@ impl Server {
         }
     }
 
+    /// Stops the node, while its HTTP goes on.
+    pub async fn drain(&mut self) {
+        if let Some(node) = self.node.take() {
+            node.shutdown(DEADLINE).await;
+        }
+    }
+
     pub async fn stop(mut self) {
         drop(self.stop.take());
         if let Some(served) = self.served.take() {

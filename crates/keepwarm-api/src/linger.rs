@@ -60,7 +60,8 @@ impl Drop for Lent {
 
 /// Wraps a request's body, and reads the rest of it where the answer is a refusal.
 pub(crate) async fn linger(request: Request, next: Next) -> Response {
-    if request.body().is_end_stream() || request.headers().contains_key(header::EXPECT) {
+    let hopeless = request.body().size_hint().lower() > LINGER_BYTES_MAX;
+    if hopeless || request.body().is_end_stream() || request.headers().contains_key(header::EXPECT) {
         return next.run(request).await;
     }
     let (parts, body) = request.into_parts();
