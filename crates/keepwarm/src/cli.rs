@@ -136,18 +136,18 @@ pub(crate) enum SessionVerb {
     },
     /// Show one session.
     Show {
-        /// Its id.
-        id: Uuid,
+        /// Its id, or the name that it was bound by.
+        id: String,
     },
     /// Where its bytes are and how they came there.
     Explain {
-        /// Its id.
-        id: Uuid,
+        /// Its id, or the name that it was bound by.
+        id: String,
     },
     /// Write it to an archive.
     Export {
-        /// Its id.
-        id: Uuid,
+        /// Its id, or the name that it was bound by.
+        id: String,
         /// The file to write; standard output where absent.
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
@@ -162,9 +162,9 @@ pub(crate) enum SessionVerb {
     },
     /// End sessions and give their memory back.
     Rm {
-        /// Their ids.
+        /// Their ids, or the names that they were bound by.
         #[arg(required = true)]
-        ids: Vec<Uuid>,
+        ids: Vec<String>,
     },
 }
 

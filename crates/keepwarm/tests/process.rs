@@ -260,6 +260,10 @@ fn a_chat_resumes_by_its_name() {
     let again = chat(&server, "And then?\n");
     assert_eq!(again["session"], first["session"], "the history went on in the same session");
     assert!(again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0, "{again}");
+    let shown =
+        keepwarm().args(["sessions", "show", "my chat", "--json", "--url", &server.url]).output().unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["id"], first["session"], "the name names it everywhere");
     drop(server);
     let server = Server::start(folder.path(), &["--model", "tiny:1"]);
     let later = chat(&server, "And now?\n");

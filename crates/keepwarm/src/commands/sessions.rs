@@ -22,9 +22,15 @@ pub(crate) async fn run(remote: &Remote, verb: SessionVerb, output: Output) -> R
     let client = client(remote)?;
     match verb {
         SessionVerb::Ls { labels, limit } => list(&client, labels, limit, output).await,
-        SessionVerb::Show { id } => output.show(&client.session(id).await?, shown),
-        SessionVerb::Explain { id } => output.show(&client.explain(id).await?, explained),
-        SessionVerb::Export { id, output: file } => export(&client, id, file.as_deref()).await,
+        SessionVerb::Show { id } => output.show(&client.session_named(&id).await?, shown),
+        SessionVerb::Explain { id } => {
+            let id = client.session_named(&id).await?.id;
+            output.show(&client.explain(id).await?, explained)
+        }
+        SessionVerb::Export { id, output: file } => {
+            let id = client.session_named(&id).await?.id;
+            export(&client, id, file.as_deref()).await
+        }
         SessionVerb::Import { file, id } => output.show(&import(&client, &file, id).await?, shown),
         SessionVerb::Rm { ids } => remove(&client, &ids, output).await,
     }
@@ -189,14 +195,16 @@ async fn import(client: &Client, path: &Path, id: Option<Uuid>) -> Result<Sessio
     Ok(client.import(PartBody::once(Some(length), chunks), id).await?)
 }
 
-async fn remove(client: &Client, ids: &[Uuid], output: Output) -> Result<(), Failure> {
+async fn remove(client: &Client, names: &[String], output: Output) -> Result<(), Failure> {
     let mut receipts = Vec::new();
-    for id in ids {
-        let receipt = client.delete(*id).await.map_err(|error| {
+    for name in names {
+        let told = |error| {
             let failure = Failure::from(error);
-            note(&format!("{id}: {failure}"));
+            note(&format!("{name}: {failure}"));
             failure
-        })?;
+        };
+        let session = client.session_named(name).await.map_err(told)?;
+        let receipt = client.delete(session.id).await.map_err(told)?;
         receipts.push(receipt);
     }
     output.show(&receipts, |receipts| {
