@@ -2,11 +2,13 @@
 //!
 //! The residency decides who leaves; the arena decides whether blocks fit. A request that the residency has
 //! granted but the arena cannot serve (its free bytes lie in extents of another size) asks again for an
-//! extent more, a few times.
+//! extent more, a few times, and then at each tick until its deadline: what left may still be read by somebody.
 
 use std::collections::HashMap;
 
-use keepwarm_core::residency::{DenyReason, NeedId, Residency, ResidencyCommand, ResidencyEvent};
+use keepwarm_core::residency::{
+    DenyReason, NEED_WAITERS_MAX, NeedId, Residency, ResidencyCommand, ResidencyEvent,
+};
 use keepwarm_memory::{Arena, BlockMut, OutOfMemory};
 use keepwarm_types::{Bytes, Millis, Owner, Tier, Timestamp};
 use tokio::sync::oneshot;
@@ -38,12 +40,14 @@ pub(crate) struct Room {
     pub(crate) residency: Residency,
     tier: Tier,
     wants: HashMap<NeedId, (Want, u32)>,
+    /// Granted, and still without blocks: tried again at the next tick.
+    parked: Vec<Want>,
     next: u64,
 }
 
 impl Room {
     pub(crate) fn new(arena: Arena, residency: Residency, tier: Tier) -> Self {
-        Self { arena, residency, tier, wants: HashMap::new(), next: 0 }
+        Self { arena, residency, tier, wants: HashMap::new(), parked: Vec::new(), next: 0 }
     }
 
     /// Serves a want now, or lets it wait. Returns what the residency wants done.
@@ -57,6 +61,15 @@ impl Room {
         let mut commands = self.residency.on(now, event);
         commands.extend(self.residency.on(now, self.used()));
         self.carry(now, commands, &mut evictions);
+        evictions
+    }
+
+    /// Time passed: tries again for those who were granted room and found no blocks.
+    pub(crate) fn tick(&mut self, now: Timestamp) -> Vec<ResidencyCommand> {
+        let mut evictions = self.on(now, ResidencyEvent::Tick);
+        for want in std::mem::take(&mut self.parked) {
+            evictions.extend(self.try_serve(now, want, ATTEMPTS_MAX - 1));
+        }
         evictions
     }
 
@@ -112,8 +125,12 @@ impl Room {
             }
         }
         if attempts >= ATTEMPTS_MAX {
-            let reason = DenyReason::NothingMayMove.text();
-            let _ = want.reply.send(Err(self.no_capacity(bytes, reason, Millis(1000))));
+            if now < want.deadline && self.parked.len() < NEED_WAITERS_MAX {
+                self.parked.push(want);
+            } else {
+                let reason = DenyReason::NothingMayMove.text();
+                let _ = want.reply.send(Err(self.no_capacity(bytes, reason, Millis(1000))));
+            }
             return Vec::new();
         }
         // Blocks of this size may be short although bytes are not: ask for more than the free bytes.

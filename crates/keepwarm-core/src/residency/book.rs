@@ -18,6 +18,8 @@ pub(super) struct Book {
     /// Sessions by the time from which they may leave; only kept where protection matters.
     releases: BTreeSet<(Timestamp, SessionKey)>,
     bytes: Bytes,
+    /// Bytes of sessions whose checkpoint is under way: they may leave when it ends.
+    settling: Bytes,
     uses: u64,
 }
 
@@ -28,6 +30,7 @@ impl Book {
             order: LruCache::unbounded(),
             releases: BTreeSet::new(),
             bytes: Bytes::ZERO,
+            settling: Bytes::ZERO,
             uses: 0,
         }
     }
@@ -40,6 +43,10 @@ impl Book {
         self.bytes
     }
 
+    pub(super) const fn settling(&self) -> Bytes {
+        self.settling
+    }
+
     pub(super) fn get(&self, key: &SessionKey) -> Option<&Resident> {
         self.order.peek(key).map(|(resident, _)| resident)
     }
@@ -48,9 +55,11 @@ impl Book {
         let old = self.order.peek(&key).cloned();
         if let Some((old, _)) = &old {
             self.bytes -= old.bytes;
+            self.settling -= settling(old);
             self.releases.remove(&(release(old), key.clone()));
         }
         self.bytes += resident.bytes;
+        self.settling += settling(&resident);
         if !self.inclusive {
             self.releases.insert((release(&resident), key.clone()));
         }
@@ -78,6 +87,7 @@ impl Book {
     pub(super) fn remove(&mut self, key: &SessionKey) {
         if let Some((resident, _)) = self.order.pop(key) {
             self.bytes -= resident.bytes;
+            self.settling -= settling(&resident);
             self.releases.remove(&(release(&resident), key.clone()));
         }
     }
@@ -117,6 +127,8 @@ impl Book {
     pub(super) fn validate(&self) {
         let bytes: Bytes = self.order.iter().map(|(_, (resident, _))| resident.bytes).sum();
         assert_eq!(bytes, self.bytes, "a tenant's bytes do not add up");
+        let bytes: Bytes = self.order.iter().map(|(_, (resident, _))| settling(resident)).sum();
+        assert_eq!(bytes, self.settling, "a tenant's settling bytes do not add up");
         if !self.inclusive {
             assert_eq!(self.releases.len(), self.order.len(), "a session is missing from one of the orders");
         }
@@ -126,6 +138,11 @@ impl Book {
 /// From when a session may leave the only tier that has it.
 fn release(resident: &Resident) -> Timestamp {
     resident.protected_until.min(resident.expires_at)
+}
+
+/// What leaves once its checkpoint has ended.
+const fn settling(resident: &Resident) -> Bytes {
+    if resident.dirty && resident.leased { resident.bytes } else { Bytes::ZERO }
 }
 
 fn lowest() -> SessionKey {

@@ -54,7 +54,7 @@ pub struct Resident {
     pub bytes: Bytes,
     /// Whether it has bytes that no colder tier has.
     pub dirty: bool,
-    /// Whether a lease runs.
+    /// Whether it may not leave now: a lease runs, or its checkpoint reads its bytes (then it is dirty too).
     pub leased: bool,
     /// Never dropped before this, where this is the only copy.
     pub protected_until: Timestamp,
@@ -302,7 +302,9 @@ impl Residency {
             }
             let short = bytes.saturating_sub(self.free()).saturating_sub(self.on_the_way());
             let found = self.victims(now, short, Some((&tenant, bytes)), EvictReason::Room, out);
-            if found >= short && !late {
+            // A session whose checkpoint runs may leave in a moment: that is worth waiting for.
+            let settling: Bytes = self.books.values().map(Book::settling).sum();
+            if found + settling >= short && !late {
                 return;
             }
             self.waiters.pop_front();

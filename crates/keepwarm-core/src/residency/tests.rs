@@ -105,6 +105,23 @@ fn a_refused_eviction_looks_for_another() {
 }
 
 #[test]
+fn room_waits_for_a_checkpoint_that_is_under_way_but_not_for_a_lease() {
+    let mut tier = tier(100, true);
+    let settling = Resident { leased: true, dirty: true, ..resident(80) };
+    tier.on(NOW, put(&key("a", 1), settling));
+    tier.on(NOW, ResidencyEvent::Used(Bytes(80)));
+    assert_eq!(tier.on(NOW, need(1, "a", 50)), [], "its checkpoint ends soon");
+    let denied = tier.on(NOW, put(&key("a", 1), Resident { leased: true, ..resident(80) }));
+    assert!(
+        matches!(denied[..], [ResidencyCommand::Deny { reason: DenyReason::NothingMayMove, .. }]),
+        "a lease may last: {denied:?}"
+    );
+    tier.on(NOW, put(&key("a", 1), Resident { leased: true, dirty: true, ..resident(80) }));
+    assert_eq!(tier.on(NOW, need(2, "a", 50)), []);
+    assert_eq!(evicted(&tier.on(NOW, put(&key("a", 1), resident(80)))), [key("a", 1)], "it has ended");
+}
+
+#[test]
 fn a_tenant_over_its_share_evicts_its_own() {
     let mut tier = tier(100, true);
     tier.on(NOW, put(&key("other", 1), resident(30)));

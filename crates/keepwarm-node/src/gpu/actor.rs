@@ -89,7 +89,7 @@ impl Actor for GpuActor {
                     let _ = reply.send(Err(error));
                 }
             },
-            GpuMsg::Keep { key, birth, parts, leased_until } => state.keep(key, birth, parts, leased_until),
+            GpuMsg::Keep { key, birth, parts } => state.keep(key, birth, parts),
             GpuMsg::Clean { key, birth, bytes } => state.clean(&key, birth, bytes),
             GpuMsg::Leased { key, until } => {
                 if let Some(warm) = state.sessions.get_mut(&key) {
@@ -210,25 +210,26 @@ impl GpuState {
         }
         let guard = |instance: &InstanceId| self.instances[instance].0.share(manifest.birth);
         let blocks: Vec<Vec<Block>> = parts.iter().map(|part| part.iter().map(guard).collect()).collect();
-        self.install(manifest.key.clone(), manifest.birth, parts, leased_until);
+        self.install(manifest.key.clone(), manifest.birth, parts, leased_until, None);
         let source = if moved > Bytes::ZERO { Source::Pinned } else { Source::Hbm };
         Ok(Loaded { blocks, source, moved })
     }
 
-    /// Makes `parts` what the session has here.
+    /// Makes `parts` what the session has here; with `fresh` bytes whose checkpoint begins.
     fn install(
         &mut self,
         key: SessionKey,
         birth: Birth,
         parts: Vec<Vec<InstanceId>>,
         leased_until: Timestamp,
+        fresh: Option<Bytes>,
     ) {
         for instance in parts.iter().flatten() {
             if let Some((_, count)) = self.instances.get_mut(instance) {
                 *count += 1;
             }
         }
-        let (checkpoints, dirty) = match self.sessions.remove(&key) {
+        let (mut checkpoints, mut dirty) = match self.sessions.remove(&key) {
             Some(old) => {
                 let same = old.birth == birth;
                 self.unname(&old.parts);
@@ -236,11 +237,16 @@ impl GpuState {
             }
             None => (0, Bytes::ZERO),
         };
+        if let Some(fresh) = fresh {
+            checkpoints += 1;
+            dirty += fresh;
+        }
         self.sessions.insert(key.clone(), Warm { birth, parts, leased_until, checkpoints, dirty });
         self.resident(&key, true);
     }
 
-    fn keep(&mut self, key: SessionKey, birth: Birth, kept: Vec<Kept>, leased_until: Timestamp) {
+    /// What a turn left. Its lease is over here: until its checkpoint ends it stays for that.
+    fn keep(&mut self, key: SessionKey, birth: Birth, kept: Vec<Kept>) {
         let mut parts = match self.sessions.get(&key) {
             Some(warm) if warm.birth == birth => warm.parts.clone(),
             _ => Vec::new(),
@@ -261,12 +267,7 @@ impl GpuState {
                 self.instances.entry(block.instance()).or_insert((block, 0));
             }
         }
-        self.install(key.clone(), birth, parts, leased_until);
-        if let Some(warm) = self.sessions.get_mut(&key) {
-            warm.checkpoints += 1;
-            warm.dirty += dirty;
-        }
-        self.resident(&key, true);
+        self.install(key, birth, parts, now(), Some(dirty));
     }
 
     fn clean(&mut self, key: &SessionKey, birth: Birth, bytes: Bytes) {
@@ -349,7 +350,7 @@ impl GpuState {
         for key in ended {
             self.resident(&key, false);
         }
-        let evictions = self.room.on(at, ResidencyEvent::Tick);
+        let evictions = self.room.tick(at);
         self.evict(evictions);
     }
 }

@@ -54,8 +54,8 @@ pub(crate) enum GpuMsg {
         deadline: Timestamp,
         reply: oneshot::Sender<Result<Vec<BlockMut>, Error>>,
     },
-    /// Keep a turn's blocks; they are dirty until [`GpuMsg::Clean`].
-    Keep { key: SessionKey, birth: Birth, parts: Vec<Kept>, leased_until: Timestamp },
+    /// Keep a turn's blocks; they are dirty until [`GpuMsg::Clean`], and stay for that.
+    Keep { key: SessionKey, birth: Birth, parts: Vec<Kept> },
     /// A turn's checkpoint is done with, one way or the other.
     Clean { key: SessionKey, birth: Birth, bytes: Bytes },
     /// The lease lasts until then.

@@ -251,8 +251,7 @@ impl Handle {
                 blocks: part.blocks.clone(),
             });
             let (birth, parts) = (manifest.birth, kept.collect());
-            let leased_until = now() + LEASE_TTL_DEFAULT;
-            let _ = gpu.cast(GpuMsg::Keep { key: key.clone(), birth, parts, leased_until });
+            let _ = gpu.cast(GpuMsg::Keep { key: key.clone(), birth, parts });
         }
         let checkpoint =
             Checkpoint { manifest, gpu: request.gpu, parts: request.parts, lease: request.lease };
@@ -271,9 +270,10 @@ impl Handle {
                 // What went wrong was told where it happened.
                 let _ = checkpoint.run(&handle).await;
             }
+            // The GPUs first: whoever leases the session next tells them his own time.
+            handle.tell_gpus(&key, now());
             // A lease that has ended by itself needs no release.
             let _ = handle.ask(&key, Verb::Release { lease }, Vec::new(), None).await;
-            handle.tell_gpus(&key, now());
             handle.inner().checkpoints.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             done.send_replace(true);
         });

@@ -82,7 +82,7 @@ impl Actor for PinnedActor {
                 state.room.on(now, ResidencyEvent::Put { key: residence.key, resident, used })
             }
             PinnedMsg::EvictRefused(key) => state.room.on(now, ResidencyEvent::Refused(key)),
-            PinnedMsg::Tick => state.room.on(now, ResidencyEvent::Tick),
+            PinnedMsg::Tick => state.room.tick(now),
             PinnedMsg::Info(reply) => {
                 let _ = reply.send(PinnedInfo {
                     arena: state.room.arena.figures().into(),
