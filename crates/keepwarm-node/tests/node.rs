@@ -213,6 +213,29 @@ async fn sessions_go_from_pinned_to_hbm_and_make_room_for_others() {
     node.shutdown(DEADLINE).await;
 }
 
+/// A turn's blocks may not leave before their checkpoint has ended: whoever needs their room waits for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_restored_right_after_anothers_turn_on_a_gpu_with_room_for_one() {
+    let node = start(None, 128 << 20).await;
+    let handle = node.handle();
+    let long = 10_000;
+    let other = create(&handle, Order::Token, 60_000).await;
+    append(&handle, &other, 0, &pattern(1, long)).await.unwrap();
+    for _ in 0..8 {
+        let key = create(&handle, Order::Plane, 60_000).await;
+        turn(&handle, &key, long).await;
+        let gpu = handle.get(&key).await.unwrap().home.map(|home| home.gpu);
+        let activation =
+            handle.activate(&other, ActivateRequest { gpu, ..ActivateRequest::default() }).await.unwrap();
+        assert_eq!(activation.source, Source::Pinned, "it had left for the turn");
+        handle.release(&other, activation.lease.id).await.unwrap();
+        drop(activation);
+        handle.settled(&key).await.unwrap();
+        handle.demote(&other, Tier::Pinned).await.unwrap();
+    }
+    node.shutdown(DEADLINE).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn under_pressure_unprotected_sessions_go_cold_and_protected_ones_stay() {
     let node = start(None, 16 << 20).await;
