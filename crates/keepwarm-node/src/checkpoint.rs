@@ -55,14 +55,16 @@ impl Checkpoint {
         }
         handle.metrics().checkpoint(-lag);
         handle.metrics().checkpoint_took(started.elapsed());
-        let (key, birth) = (self.manifest.key.clone(), self.manifest.birth);
-        if let Some(gpu) = handle.links().gpu(self.gpu) {
-            let _ = gpu.cast(GpuMsg::Clean { key: key.clone(), birth, bytes });
+        let (key, birth, gpu) = (self.manifest.key.clone(), self.manifest.birth, self.gpu);
+        // The guards first: once it is clean, the session's room may be given to another at once.
+        drop(self);
+        if let Some(actor) = handle.links().gpu(gpu) {
+            let _ = actor.cast(GpuMsg::Clean { key: key.clone(), birth, bytes });
         }
         match &result {
             Ok(()) => handle.note_move(
                 &key,
-                &format!("hbm:{}", self.gpu),
+                &format!("hbm:{gpu}"),
                 "pinned",
                 bytes,
                 "checkpoint",

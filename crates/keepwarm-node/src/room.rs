@@ -92,13 +92,23 @@ impl Room {
                     }
                 }
                 ResidencyCommand::Deny { need, reason, retry_after } => {
-                    if let Some((want, _)) = self.wants.remove(&need) {
+                    if let Some((want, attempts)) = self.wants.remove(&need) {
+                        // Granted once: who left for it is gone, but somebody still reads the bytes.
+                        if attempts > 0 && self.park(now, reason, &want) {
+                            self.parked.push(want);
+                            continue;
+                        }
                         let wanted = want.bytes();
                         let _ = want.reply.send(Err(self.no_capacity(wanted, reason.text(), retry_after)));
                     }
                 }
             }
         }
+    }
+
+    /// Whether trying again at the next tick may help.
+    fn park(&self, now: Timestamp, reason: DenyReason, want: &Want) -> bool {
+        reason == DenyReason::NothingMayMove && now < want.deadline && self.parked.len() < NEED_WAITERS_MAX
     }
 
     fn no_capacity(&self, wanted: Bytes, reason: &str, retry_after: Millis) -> Error {
@@ -125,7 +135,7 @@ impl Room {
             }
         }
         if attempts >= ATTEMPTS_MAX {
-            if now < want.deadline && self.parked.len() < NEED_WAITERS_MAX {
+            if self.park(now, DenyReason::NothingMayMove, &want) {
                 self.parked.push(want);
             } else {
                 let reason = DenyReason::NothingMayMove.text();
