@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use keepwarm_core::registry::Member;
 use keepwarm_core::session::{Form, Labels, Layout, Part, Protect};
 use keepwarm_core::shard::{
     Command, Create, Event, ListQuery, Request, RequestId, Shard, ShardSettings, Verb,
@@ -52,9 +53,9 @@ pub(crate) fn run() {
     let settings = ShardSettings {
         shard: ShardId(0),
         count,
-        node: "n1".parse().unwrap(),
+        member: Member { node: "n1".parse().unwrap(), incarnation: Incarnation(1) },
         generation: Generation(1),
-        incarnation: Incarnation(1),
+        begun: 0,
     };
     let mut shard = Shard::new(settings);
     let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };

@@ -5,13 +5,14 @@
 
 use std::sync::Arc;
 
+use keepwarm_core::registry::Member;
 use keepwarm_core::session::{
-    Form, Labels, Layout, Manifest, Order, Parent, Part, PartState, Planes, Protect, State, WriteMemo,
+    Form, Labels, Layout, Manifest, Order, Parent, Part, PartState, Planes, Protect, Stamp, State, WriteMemo,
 };
 use keepwarm_core::shard::Tombstone;
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, ColdReason, Generation, Millis, NodeName, PlacementSeq, Revision, SessionId,
-    SessionKey, ShardCount, ShardId, Timestamp, Tokens, WriteId,
+    Birth, BlockChecksum, Bytes, ColdReason, Generation, Incarnation, Millis, PlacementSeq, Revision,
+    SessionId, SessionKey, ShardCount, ShardId, Timestamp, Tokens, WriteId,
 };
 use rkyv::rancor;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -56,7 +57,8 @@ pub(crate) struct DiskManifest {
     protect_ms: u64,
     ttl_ms: Option<u64>,
     labels: Vec<(String, String)>,
-    generation: u64,
+    /// Generation and sequence.
+    stamp: [u64; 2],
     revision: u64,
     placement_seq: u64,
     length_tokens: u64,
@@ -65,7 +67,8 @@ pub(crate) struct DiskManifest {
     branches: Vec<u128>,
     /// 0 warm, then cold: 1 evicted, 2 restarted, 3 holders lost.
     state: u8,
-    holders: Vec<String>,
+    /// Node and incarnation.
+    holders: Vec<(String, u64)>,
     writes: Vec<DiskWrite>,
     created_at: u64,
     last_used_at: u64,
@@ -77,6 +80,7 @@ pub(crate) struct DiskTombstone {
     revision: u64,
     at: u64,
     expired: bool,
+    stamp: [u64; 2],
 }
 
 /// A message of a transcript.
@@ -173,7 +177,7 @@ impl From<&Manifest> for DiskManifest {
             },
             ttl_ms: m.ttl.map(|ttl| ttl.0),
             labels: m.labels.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
-            generation: m.generation.0,
+            stamp: disk_stamp(m.stamp),
             revision: m.revision.0,
             placement_seq: m.placement_seq.0,
             length_tokens: m.length_tokens.0,
@@ -189,7 +193,7 @@ impl From<&Manifest> for DiskManifest {
                 State::Cold(ColdReason::Restarted) => 2,
                 State::Cold(ColdReason::HoldersLost) => 3,
             },
-            holders: m.holders.iter().map(|node| node.to_string()).collect(),
+            holders: m.holders.iter().map(|holder| (holder.node.to_string(), holder.incarnation.0)).collect(),
             writes: m.writes.iter().map(disk_write).collect(),
             created_at: m.created_at.0,
             last_used_at: m.last_used_at.0,
@@ -265,12 +269,11 @@ pub(crate) fn manifest_from(key: SessionKey, disk: DiskManifest) -> Result<Manif
     let (parts, states): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
     let layout =
         Layout::new(&disk.model, &disk.fingerprint, parts).map_err(|error| bad(error.to_string()))?;
-    let holders: Vec<NodeName> = disk
-        .holders
-        .iter()
-        .map(|name| name.parse())
-        .collect::<Result<_, _>>()
-        .map_err(|_| bad("a holder is not a name"))?;
+    let holder = |(name, incarnation): &(String, u64)| {
+        let node = name.parse().map_err(|_| bad("a holder is not a name"))?;
+        Ok(Member { node, incarnation: Incarnation(*incarnation) })
+    };
+    let holders: Vec<Member> = disk.holders.iter().map(holder).collect::<Result<_, BadValue>>()?;
     let parent = disk
         .parent
         .map(|(id, birth, revision, length)| -> Result<_, BadValue> {
@@ -290,7 +293,7 @@ pub(crate) fn manifest_from(key: SessionKey, disk: DiskManifest) -> Result<Manif
         },
         ttl: disk.ttl_ms.map(Millis),
         labels: disk.labels.into_iter().map(|(name, value)| (name.into(), value.into())).collect::<Labels>(),
-        generation: Generation(disk.generation),
+        stamp: stamp_from(disk.stamp),
         revision: Revision(disk.revision),
         placement_seq: PlacementSeq(disk.placement_seq),
         length_tokens: Tokens(disk.length_tokens),
@@ -324,12 +327,21 @@ fn memo_from(disk: &DiskWrite) -> WriteMemo {
     }
 }
 
+const fn disk_stamp(stamp: Stamp) -> [u64; 2] {
+    [stamp.generation.0, stamp.sequence]
+}
+
+const fn stamp_from([generation, sequence]: [u64; 2]) -> Stamp {
+    Stamp { generation: Generation(generation), sequence }
+}
+
 pub(crate) const fn disk_tombstone(tombstone: &Tombstone) -> DiskTombstone {
     DiskTombstone {
         birth: tombstone.birth.get(),
         revision: tombstone.revision.0,
         at: tombstone.at.0,
         expired: tombstone.expired,
+        stamp: disk_stamp(tombstone.stamp),
     }
 }
 
@@ -339,5 +351,6 @@ pub(crate) const fn tombstone_from(disk: &DiskTombstone) -> Tombstone {
         revision: Revision(disk.revision),
         at: Timestamp(disk.at),
         expired: disk.expired,
+        stamp: stamp_from(disk.stamp),
     }
 }

@@ -13,10 +13,10 @@ use uuid::Uuid;
 
 use crate::writer::Writer;
 
-/// Version of what this crate writes; a higher one on disk is refused.
 /// Pages that the database keeps in memory: some 100,000 sessions' records; beyond, it reads the disk again.
 const CACHE_BYTES: usize = 64 << 20;
-const FORMAT: u64 = 1;
+/// Version of what this crate writes; any other on disk is refused. 2: changes have stamps, holders incarnations.
+const FORMAT: u64 = 2;
 /// The database's file in its folder.
 const FILE: &str = "catalog.redb";
 /// The file that says which process has the folder.
@@ -83,9 +83,19 @@ pub enum OpenError {
     },
     /// Written by a newer keepwarm.
     #[error(
-        "{path} has format {found}; this keepwarm reads up to {FORMAT}: run the newer keepwarm, or choose another data_dir"
+        "{path} has format {found}; this keepwarm reads {FORMAT}: run the newer keepwarm, or choose another data_dir"
     )]
     Newer {
+        /// The folder.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+    },
+    /// Written before the first release.
+    #[error(
+        "{path} has format {found}, which only versions before the first release wrote; move it away to start empty, or run the version that wrote it"
+    )]
+    Older {
         /// The folder.
         path: PathBuf,
         /// Its format.
@@ -249,10 +259,14 @@ fn identify(database: &Database, path: &Path, settings: &CatalogSettings) -> Res
             let bytes = value.try_into().map_err(|_| damaged(format!("'{name}' is not a number")))?;
             Ok(Some(u64::from_le_bytes(bytes)))
         };
-        if let Some(found) = number("format")?
-            && found > FORMAT
-        {
-            return Err(OpenError::Newer { path: path.to_owned(), found });
+        match number("format")? {
+            Some(found) if found > FORMAT => {
+                return Err(OpenError::Newer { path: path.to_owned(), found });
+            }
+            Some(found) if found < FORMAT => {
+                return Err(OpenError::Older { path: path.to_owned(), found });
+            }
+            _ => {}
         }
         if let Some(found) = get("cluster")? {
             let found = String::from_utf8_lossy(&found).into_owned();

@@ -172,23 +172,28 @@ fn apply(begin: &redb::WriteTransaction, record: &Record, shards: ShardCount) ->
                 TranscriptChange::Keep => {}
                 TranscriptChange::Delta(delta) => pages.apply(key, birth, delta)?,
                 TranscriptChange::CutTokens(length) => pages.cut(key, birth, *length)?,
-                TranscriptChange::CopyFrom { parent, birth: from, tokens, messages } => {
+                TranscriptChange::CopyFrom { parent, birth: from, tokens, messages, .. } => {
                     pages.copy((parent, *from), (key, birth), *tokens, *messages)?;
                 }
             }
             let value = disk::encode_manifest(&DiskManifest::from(&**manifest));
             sessions.insert(disk::key_bytes(key, shards).as_slice(), value.as_slice())?;
         }
-        Record::Tombstone { key, birth, revision, at, expired } => {
+        Record::Tombstone { key, birth, revision, at, expired, stamp } => {
             pages.remove(key, *birth)?;
             let bytes = disk::key_bytes(key, shards);
             sessions.remove(bytes.as_slice())?;
-            let tombstone = Tombstone { birth: *birth, revision: *revision, at: *at, expired: *expired };
+            let tombstone =
+                Tombstone { birth: *birth, revision: *revision, at: *at, expired: *expired, stamp: *stamp };
             let value = disk::encode_tombstone(&disk::disk_tombstone(&tombstone));
             tombstones.insert(bytes.as_slice(), value.as_slice())?;
         }
         Record::Forget(key) => {
             tombstones.remove(disk::key_bytes(key, shards).as_slice())?;
+        }
+        Record::Drop(key, birth) => {
+            pages.remove(key, *birth)?;
+            sessions.remove(disk::key_bytes(key, shards).as_slice())?;
         }
     }
     Ok(())

@@ -8,14 +8,15 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use keepwarm_catalog::{Catalog, CatalogSettings, OpenError, Sync, Transcript};
+use keepwarm_core::registry::Member;
 use keepwarm_core::session::{
-    Form, Layout, Manifest, Message, Order, Part, PartState, Planes, Protect, State, TranscriptDelta,
+    Form, Layout, Manifest, Message, Order, Part, PartState, Planes, Protect, Stamp, State, TranscriptDelta,
     WriteMemo,
 };
 use keepwarm_core::shard::{Record, TranscriptChange};
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, ColdReason, Generation, Millis, PlacementSeq, Revision, SessionId,
-    SessionKey, ShardCount, ShardId, Timestamp, Tokens, WriteId,
+    Birth, BlockChecksum, Bytes, ColdReason, Generation, Incarnation, Millis, PlacementSeq, Revision,
+    SessionId, SessionKey, ShardCount, ShardId, Timestamp, Tokens, WriteId,
 };
 use proptest::prelude::{prop, proptest};
 use uuid::Uuid;
@@ -53,7 +54,7 @@ fn manifest(n: u64, revision: u64) -> Manifest {
         protect: if n.is_multiple_of(2) { Protect::Forever } else { Protect::For(Millis(900_000)) },
         ttl: Some(Millis(n)),
         labels: [("user".into(), n.to_string().into())].into(),
-        generation: Generation(4),
+        stamp: Stamp { generation: Generation(4), sequence: 9 },
         revision: Revision(revision),
         placement_seq: PlacementSeq(2),
         length_tokens: Tokens(0),
@@ -64,7 +65,7 @@ fn manifest(n: u64, revision: u64) -> Manifest {
         parent: None,
         branches: vec![key(n + 1).id],
         state: State::Cold(ColdReason::HoldersLost),
-        holders: Arc::from(["n1".parse().unwrap()]),
+        holders: Arc::from([Member { node: "n1".parse().unwrap(), incarnation: Incarnation(1) }]),
         writes: vec![WriteMemo {
             id: WriteId(Uuid::from_u128(5)),
             asked: 1,
@@ -92,7 +93,10 @@ fn manifests_and_tombstones_survive_a_reopening() {
     }
     let gone = manifest(3, 7);
     let (birth, revision, at) = (gone.birth, gone.revision, Timestamp(99));
-    submit(&catalog, vec![Record::Tombstone { key: key(3), birth, revision, at, expired: true }]);
+    submit(
+        &catalog,
+        vec![Record::Tombstone { key: key(3), birth, revision, at, expired: true, stamp: Stamp::default() }],
+    );
     drop(catalog);
     let (catalog, second) = Catalog::open(folder.path(), &settings(Sync::Always)).unwrap();
     assert_eq!((second.incarnation.0, second.disk_id), (first.incarnation.0 + 1, first.disk_id));
@@ -128,7 +132,7 @@ proptest! {
         }
         let cut = Tokens(model.tokens.len() as u64 / 2);
         let child = Manifest { key: key(5), ..manifest(2, 0) };
-        let copy = TranscriptChange::CopyFrom { parent: key(1), birth: manifest(1, 1).birth, tokens: cut, messages: u32::MAX };
+        let copy = TranscriptChange::CopyFrom { parent: key(1), birth: manifest(1, 1).birth, stamp: Stamp::default(), tokens: cut, messages: u32::MAX };
         submit(&catalog, vec![Record::Manifest(Arc::new(child), copy)]);
         submit(&catalog, vec![Record::Manifest(Arc::new(manifest(1, 2)), TranscriptChange::CutTokens(cut))]);
         model.tokens.truncate(cut.as_usize());

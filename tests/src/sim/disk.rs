@@ -40,16 +40,26 @@ impl Store {
                 }
                 self.manifests.insert(manifest.key.clone(), Manifest::clone(manifest));
             }
-            Record::Tombstone { key, birth, revision, at, expired } => {
+            Record::Tombstone { key, birth, revision, at, expired, stamp } => {
                 self.transcripts.remove(&(key.clone(), *birth));
                 if bug != Some(Bug::DeletionIsNotWritten) {
                     self.manifests.remove(key);
-                    let grave = Tombstone { birth: *birth, revision: *revision, at: *at, expired: *expired };
+                    let grave = Tombstone {
+                        birth: *birth,
+                        revision: *revision,
+                        at: *at,
+                        expired: *expired,
+                        stamp: *stamp,
+                    };
                     self.tombstones.insert(key.clone(), grave);
                 }
             }
             Record::Forget(key) => {
                 self.tombstones.remove(key);
+            }
+            Record::Drop(key, birth) => {
+                self.transcripts.remove(&(key.clone(), *birth));
+                self.manifests.remove(key);
             }
         }
     }

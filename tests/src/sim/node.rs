@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use keepwarm_core::registry::Member;
 use keepwarm_core::residency::{
     NeedId, Residency, ResidencyCommand, ResidencyEvent, ResidencySettings, Resident,
 };
@@ -66,9 +67,9 @@ fn settings(incarnation: u64) -> ShardSettings {
     ShardSettings {
         shard: ShardId(0),
         count: ShardCount::new(1).unwrap(),
-        node: "n1".parse().unwrap(),
-        generation: Generation(1),
-        incarnation: Incarnation(incarnation),
+        member: Member { node: "n1".parse().unwrap(), incarnation: Incarnation(incarnation) },
+        generation: Generation(incarnation),
+        begun: 0,
     }
 }
 

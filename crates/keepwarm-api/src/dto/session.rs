@@ -85,7 +85,7 @@ impl From<SessionInfo> for SessionDto {
             labels: m.labels.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
             state,
             cold_reason,
-            generation: m.generation.0,
+            generation: m.stamp.generation.0,
             revision: m.revision.0,
             length_tokens: m.length_tokens.0,
             transcript_tokens: m.transcript_tokens.0,
@@ -98,7 +98,7 @@ impl From<SessionInfo> for SessionDto {
             tiers: tiers.into_iter().map(|(tier, bytes)| (tier, bytes.0)).collect(),
             owner: info.owner.to_string(),
             home: info.home.map(|home| json!({"node": home.node.to_string(), "gpus": [home.gpu.0]})),
-            holders: m.holders.iter().map(ToString::to_string).collect(),
+            holders: m.holders.iter().map(|holder| holder.node.to_string()).collect(),
             durability: info.durability.word(),
             lease: info.lease.map(|lease| json!({"id": lease.id.to_string(), "expires_at": rfc3339(lease.expires_at)})),
             last_write_id: m.writes.last().map(|memo| memo.id.to_string()),
@@ -155,7 +155,7 @@ impl From<WriteDone> for WrittenDto {
                 birth: written.birth.to_string(),
                 length_tokens: written.length_tokens.0,
                 length_bytes: written.length.0,
-                holders: written.manifest.holders.iter().map(ToString::to_string).collect(),
+                holders: written.manifest.holders.iter().map(|holder| holder.node.to_string()).collect(),
                 durability: durability.word(),
             },
             WriteDone::Staged(staged) => Self::Staged {
@@ -205,8 +205,8 @@ pub(crate) fn checkpoint(info: &CheckpointInfo) -> Value {
         "outcome": info.verdict.outcome.word(),
         "reason": info.verdict.reason,
         "revision": info.manifest.revision.0,
-        "generation": info.manifest.generation.0,
-        "holders": info.manifest.holders.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "generation": info.manifest.stamp.generation.0,
+        "holders": info.manifest.holders.iter().map(|holder| holder.node.to_string()).collect::<Vec<_>>(),
         "checksum": format!("{:032x}", info.checksum),
     })
 }

@@ -11,6 +11,7 @@ use keepwarm_types::{
 };
 
 use super::layout::Layout;
+use crate::registry::Member;
 
 /// How many of its last write ids a session remembers.
 pub const WRITE_IDS_KEPT: usize = 4;
@@ -116,6 +117,24 @@ pub struct WriteMemo {
     pub length: Bytes,
 }
 
+/// Names one change of one session: no two different contents ever have the same.
+///
+/// A generation has one primary, in one process, which counts its changes: whoever has the same stamp has the same
+/// content, and need not compare it. (Viewstamps of Oki and Liskov, PODC 1988, are the same idea.)
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Stamp {
+    /// The shard's generation when it was made.
+    pub generation: Generation,
+    /// +1 for each change that the primary of that generation made.
+    pub sequence: u64,
+}
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.generation, self.sequence)
+    }
+}
+
 /// The session's truth, as every replica keeps it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
@@ -131,8 +150,8 @@ pub struct Manifest {
     pub ttl: Option<Millis>,
     /// Names and values for listing.
     pub labels: Labels,
-    /// The shard's generation at the last write.
-    pub generation: Generation,
+    /// Names this state of the session among all that ever were: see [`Stamp`].
+    pub stamp: Stamp,
     /// +1 for each committed write.
     pub revision: Revision,
     /// +1 for each committed change of holders.
@@ -153,8 +172,8 @@ pub struct Manifest {
     pub branches: Vec<SessionId>,
     /// Warm, or cold and why.
     pub state: State,
-    /// Nodes that have all bytes of this revision, verified.
-    pub holders: Arc<[NodeName]>,
+    /// Processes that have all bytes of this revision, verified. One that was started again has none.
+    pub holders: Arc<[Member]>,
     /// The last writes that carried an id, oldest first.
     pub writes: Vec<WriteMemo>,
     /// When it was created.

@@ -14,6 +14,6 @@ pub use layout::{
 pub use lease::{LEASE_TTL_DEFAULT, LEASE_TTL_MAX, LEASE_TTL_MIN, Lease};
 pub use manifest::{
     BlockRef, Etag, Home, LABEL_BYTES_MAX, LABELS_MAX, Labels, Manifest, PROTECT_DEFAULT, Parent,
-    ParseEtagError, PartState, Protect, State, WRITE_IDS_KEPT, WriteMemo,
+    ParseEtagError, PartState, Protect, Stamp, State, WRITE_IDS_KEPT, WriteMemo,
 };
 pub use transcript::{Message, TranscriptDelta};

@@ -10,7 +10,7 @@ use super::event::{PersistError, RequestId};
 use super::refusal::Refusal;
 use super::state::{Shard, Timer, session};
 use super::view::{Answer, Deleted, Written};
-use crate::session::{Form, Manifest, State};
+use crate::session::{Form, Manifest, Stamp, State};
 
 /// How long after an unclear outcome the records are tried again.
 const RETRY: Millis = Millis(500);
@@ -26,14 +26,22 @@ pub(super) struct Change {
 }
 
 impl Shard {
+    /// The name of the next change.
+    pub(super) fn next_stamp(&mut self) -> Stamp {
+        self.sequence += 1;
+        Stamp { generation: self.settings.generation, sequence: self.sequence }
+    }
+
     /// Gives a change to the catalog.
     pub(super) fn prepare(&mut self, key: &SessionKey, change: Change, out: &mut Vec<Command>) {
-        validate_manifest(&change.next);
-        let record = Record::Manifest(Arc::clone(&change.next), change.transcript);
+        let mut next = change.next;
+        Arc::make_mut(&mut next).stamp = self.next_stamp();
+        validate_manifest(&next);
+        let record = Record::Manifest(Arc::clone(&next), change.transcript);
         let pending = Pending {
             ticket: Ticket(0),
             request: change.request,
-            next: Some(change.next),
+            next: Some(next),
             released: change.released,
             undo: change.undo,
             after: change.after,
@@ -94,7 +102,7 @@ impl Shard {
     fn ended(&mut self, now: Timestamp, key: &SessionKey, pending: Pending, out: &mut Vec<Command>) {
         let Some(entry) = self.sessions.remove(key) else { return };
         let Some(manifest) = entry.manifest else { return };
-        let After::Ended(end) = pending.after else { return };
+        let After::Ended(end, stamp) = pending.after else { return };
         let bytes = manifest.stored_bytes();
         let birth = manifest.birth;
         out.push(Command::Release(pending.released));
@@ -116,6 +124,7 @@ impl Shard {
                 revision: manifest.revision,
                 at: now,
                 expired: end == End::Expired,
+                stamp,
             },
         );
         if end == End::Abandoned {
@@ -152,7 +161,7 @@ impl Shard {
                 let refusal = Refusal::Unavailable("the catalog did not take the change");
                 out.push(Command::Reply(request, Err(refusal)));
             }
-            if matches!(pending.after, After::Ended(End::Expired)) {
+            if matches!(pending.after, After::Ended(End::Expired, _)) {
                 self.set_timer(now + RETRY, Timer::Session(key.clone()));
             }
             self.resume(now, &key, out);
@@ -204,13 +213,13 @@ fn answer(after: After, view: super::view::SessionView, next: &Arc<Manifest>) ->
         After::Session { new, clipped } => session(view, new, clipped),
         After::Written { length } => Answer::Written(Written {
             birth: next.birth,
-            generation: next.generation,
+            generation: next.stamp.generation,
             revision: next.revision,
             length_tokens: next.length_tokens,
             length,
             manifest: Arc::clone(next),
         }),
-        After::Cold | After::Quiet | After::Ended(_) => Answer::Done,
+        After::Cold | After::Quiet | After::Ended(..) => Answer::Done,
     }
 }
 

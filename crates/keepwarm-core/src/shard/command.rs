@@ -7,7 +7,7 @@ use keepwarm_types::{Birth, Bytes, InstanceId, Revision, SessionKey, Timestamp, 
 use super::event::RequestId;
 use super::refusal::Refusal;
 use super::view::Answer;
-use crate::session::{Manifest, TranscriptDelta};
+use crate::session::{Manifest, Stamp, TranscriptDelta};
 
 /// Names a set of records on their way to the catalog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,9 +71,13 @@ pub enum Record {
         at: Timestamp,
         /// Whether it expired, rather than being deleted.
         expired: bool,
+        /// Names this end.
+        stamp: Stamp,
     },
     /// The tombstone's day is over.
     Forget(SessionKey),
+    /// This life of the session never was: a change that was not acknowledged, and that the primary lacks.
+    Drop(SessionKey, Birth),
 }
 
 /// What happens to the transcript along with a manifest.
@@ -91,6 +95,8 @@ pub enum TranscriptChange {
         parent: SessionKey,
         /// That session's life.
         birth: Birth,
+        /// That session's state when the prefix was taken.
+        stamp: Stamp,
         /// So many tokens.
         tokens: Tokens,
         /// So many messages.

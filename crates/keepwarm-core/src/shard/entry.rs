@@ -11,7 +11,7 @@ use super::command::Ticket;
 use super::event::{Request, RequestId};
 use super::refusal::Refusal;
 use super::view::{LeaseView, SessionView};
-use crate::session::{Home, Lease, Manifest, PartState};
+use crate::session::{Home, Lease, Manifest, PartState, Stamp};
 
 /// A session of the shard. Without a manifest it is still on its way to its first commit.
 #[derive(Debug, Default)]
@@ -88,8 +88,8 @@ pub(super) enum After {
     Session { new: bool, clipped: bool },
     /// Answer with the revision; the part's length.
     Written { length: Bytes },
-    /// Answer with the end.
-    Ended(End),
+    /// Answer with the end, whose name this is.
+    Ended(End, Stamp),
     /// Answer that it is done; caches must let go.
     Cold,
     /// Nobody asked.

@@ -29,7 +29,7 @@ impl Shard {
         }
         let manifest = Arc::clone(entry.manifest()?);
         self.grants += 1;
-        let epoch = Epoch((self.settings.incarnation.0 << EPOCH_BITS) + self.grants);
+        let epoch = Epoch((self.settings.member.incarnation.0 << EPOCH_BITS) + self.grants);
         let (granted, clipped) = clip(ttl);
         let lease = Lease { id: lease, epoch, expires_at: now + granted };
         let work = self.entry(key)?.work();

@@ -18,7 +18,7 @@ use super::refusal::Refusal;
 use super::state::{BRANCHES_MAX, Handled, Shard, session};
 use super::view::{Answer, ReadGrant};
 use super::write::{check, mismatch, remembered};
-use crate::session::{Form, LABEL_BYTES_MAX, LABELS_MAX, Labels, Manifest, Parent, PartState, State};
+use crate::session::{Form, LABEL_BYTES_MAX, LABELS_MAX, Labels, Manifest, Parent, PartState, Stamp, State};
 
 /// Sessions that one listing looks at in search of labels, before it gives the page back short.
 const LIST_LOOKS_MAX: usize = 10_000;
@@ -64,7 +64,7 @@ impl Shard {
             protect: create.protect,
             ttl: create.ttl,
             labels: create.labels,
-            generation: self.settings.generation,
+            stamp: Stamp::default(),
             revision: Revision(0),
             placement_seq: PlacementSeq(0),
             length_tokens: Tokens::ZERO,
@@ -267,7 +267,13 @@ impl Shard {
         child.transcript_messages = messages;
         let transcript = if manifest.transcript_tokens.0 > 0 {
             let tokens = child.transcript_tokens;
-            TranscriptChange::CopyFrom { parent: key.clone(), birth: manifest.birth, tokens, messages }
+            TranscriptChange::CopyFrom {
+                parent: key.clone(),
+                birth: manifest.birth,
+                stamp: manifest.stamp,
+                tokens,
+                messages,
+            }
         } else {
             TranscriptChange::Keep
         };
@@ -374,12 +380,14 @@ impl Shard {
         let staged: Vec<_> =
             work.stages.drain(..).flat_map(|stage| stage.brought).map(|(_, instance)| instance).collect();
         released.extend(&staged);
+        let stamp = self.next_stamp();
         let record = Record::Tombstone {
             key: key.clone(),
             birth: manifest.birth,
             revision: manifest.revision,
             at: now,
             expired: end == End::Expired,
+            stamp,
         };
         let pending = Pending {
             ticket: super::command::Ticket(0),
@@ -387,7 +395,7 @@ impl Shard {
             next: None,
             released,
             undo: staged,
-            after: After::Ended(end),
+            after: After::Ended(end, stamp),
             in_doubt: None,
         };
         self.persist(key, pending, vec![record], out);

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use keepwarm_types::{
-    Birth, Bytes, ColdReason, Generation, Incarnation, Millis, NodeName, Revision, SessionKey, ShardCount,
-    ShardId, TenantName, Timestamp,
+    Birth, Bytes, ColdReason, Generation, Millis, Revision, SessionKey, ShardCount, ShardId, TenantName,
+    Timestamp,
 };
 
 use super::command::{Command, Residence, Ticket};
@@ -13,7 +13,8 @@ use super::entry::{End, Entry};
 use super::event::{Event, Request, RequestId, Verb};
 use super::refusal::Refusal;
 use super::view::Answer;
-use crate::session::{Manifest, State};
+use crate::registry::Member;
+use crate::session::{Manifest, Stamp, State};
 
 /// Requests that wait behind one session's write. A writer waits for its answers, so more than a few mean
 /// that somebody does not.
@@ -28,6 +29,8 @@ pub const TOMBSTONE_TTL: Millis = Millis::from_secs(86_400);
 pub const TOMBSTONES_MAX: usize = 4096;
 /// Branches that a conversation keeps; beyond, the oldest ends.
 pub const BRANCHES_MAX: usize = 8;
+/// Bits of a sequence below the count of begins: 2^40 changes a begin.
+const SEQUENCE_BITS: u32 = 40;
 /// When a client that met a full queue may come again.
 pub const RETRY_AFTER: Millis = Millis(200);
 
@@ -38,12 +41,12 @@ pub struct ShardSettings {
     pub shard: ShardId,
     /// How many there are.
     pub count: ShardCount,
-    /// The node that it runs on, the only holder.
-    pub node: NodeName,
+    /// The process that it runs in. Lease epochs begin above those of every earlier incarnation.
+    pub member: Member,
     /// The generation of its replica set.
     pub generation: Generation,
-    /// The node's incarnation: lease epochs begin above every earlier one's.
-    pub incarnation: Incarnation,
+    /// How often this shard was begun in this process: stamps of one begin are never those of another.
+    pub begun: u32,
 }
 
 /// What is remembered of a session that ended.
@@ -57,6 +60,8 @@ pub struct Tombstone {
     pub at: Timestamp,
     /// Whether it expired, rather than being deleted.
     pub expired: bool,
+    /// Names this end.
+    pub stamp: Stamp,
 }
 
 /// A deadline that a tick may find passed; checked against the session when it fires.
@@ -73,7 +78,9 @@ pub(super) enum Timer {
 #[derive(Debug)]
 pub struct Shard {
     pub(super) settings: ShardSettings,
-    pub(super) holders: Arc<[NodeName]>,
+    /// Where the bytes of a session without any go.
+    pub(super) holders: Arc<[Member]>,
+    pub(super) sequence: u64,
     pub(super) sessions: BTreeMap<SessionKey, Entry>,
     pub(super) tombstones: BTreeMap<SessionKey, Tombstone>,
     /// Per tenant, tombstones by age.
@@ -91,10 +98,12 @@ impl Shard {
     /// An empty shard.
     #[must_use]
     pub fn new(settings: ShardSettings) -> Self {
-        let holders = Arc::from([settings.node.clone()]);
+        let holders = Arc::from([settings.member.clone()]);
+        let sequence = u64::from(settings.begun) << SEQUENCE_BITS;
         Self {
             settings,
             holders,
+            sequence,
             sessions: BTreeMap::new(),
             tombstones: BTreeMap::new(),
             graves: HashMap::new(),
@@ -116,7 +125,7 @@ impl Shard {
         tombstones: impl IntoIterator<Item = (SessionKey, Tombstone)>,
     ) -> Self {
         let mut shard = Self::new(settings);
-        let nobody: Arc<[NodeName]> = Arc::from([]);
+        let nobody: Arc<[Member]> = Arc::from([]);
         for mut manifest in manifests {
             if manifest.state == State::Warm && manifest.parts.iter().any(|part| part.length > Bytes::ZERO) {
                 manifest.state = State::Cold(ColdReason::Restarted);

@@ -328,7 +328,7 @@ impl Shard {
         Ok(Some(Answer::Done))
     }
 
-    /// Gives the next manifest its revision, holders and write id.
+    /// Gives the next manifest its revision and write id, and holders where it has none.
     pub(super) fn seal(
         &self,
         now: Timestamp,
@@ -338,9 +338,8 @@ impl Shard {
         length: Bytes,
     ) {
         next.revision = next.revision.next();
-        next.generation = self.settings.generation;
         next.last_used_at = now;
-        if next.state == State::Warm {
+        if next.state == State::Warm && next.holders.is_empty() {
             next.holders = Arc::clone(&self.holders);
         }
         if let Some(id) = precondition.write_id {
@@ -404,7 +403,7 @@ pub(super) fn remembered(
 fn written_before(manifest: &Arc<Manifest>, memo: &WriteMemo) -> Written {
     Written {
         birth: manifest.birth,
-        generation: manifest.generation,
+        generation: manifest.stamp.generation,
         revision: memo.revision,
         length_tokens: memo.length_tokens,
         length: memo.length,
@@ -526,8 +525,11 @@ fn lay(form: &Form, base: &PartState, write: &Write, manifest: &Manifest) -> Res
     Ok(PartState { blocks, first_block, length: write.length, digest: write.digest })
 }
 
-/// Makes a cold manifest one that can be written from nothing.
+/// Makes a cold manifest one that can be written from nothing; one without bytes has its holders chosen anew.
 fn wake(next: &mut Manifest) {
+    if next.stored_bytes() == Bytes::ZERO {
+        next.holders = Arc::from([]);
+    }
     if let State::Cold(_) = next.state {
         next.state = State::Warm;
         next.length_tokens = Tokens::ZERO;

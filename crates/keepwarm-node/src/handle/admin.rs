@@ -148,7 +148,7 @@ impl Handle {
         });
         let info = |(id, sessions): (u32, u64)| ShardInfo {
             id: ShardId(id),
-            generation: Generation(1),
+            generation: Generation(self.inner().incarnation.0),
             replicas: vec![self.name().clone()],
             sessions,
         };

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use keepwarm_catalog::Catalog;
 use keepwarm_config::{Config, NodeConfig};
+use keepwarm_core::registry::Member;
 use keepwarm_core::session::{Manifest, State};
 use keepwarm_core::shard::{Refusal, Verb};
 use keepwarm_memory::{Block, BlockMut, Device, FaultPlan};
@@ -41,6 +42,7 @@ pub(crate) struct InnerParts {
     pub(crate) fail: watch::Sender<Option<String>>,
 }
 
+/// Everything that handles share.
 pub(crate) struct Inner {
     pub(crate) config: Config,
     pub(crate) node: NodeConfig,
@@ -82,6 +84,13 @@ impl Inner {
             faults: parts.faults,
             fail: parts.fail,
         }
+    }
+}
+
+impl Inner {
+    /// This process, as manifests and sets name it.
+    pub(crate) fn member(&self) -> Member {
+        Member { node: self.name.clone(), incarnation: self.incarnation }
     }
 }
 

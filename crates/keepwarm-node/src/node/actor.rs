@@ -131,9 +131,9 @@ impl NodeState {
         let settings = ShardSettings {
             shard: id,
             count: inner.links.count,
-            node: inner.name.clone(),
-            generation: Generation(1),
-            incarnation: inner.incarnation,
+            member: inner.member(),
+            generation: Generation(inner.incarnation.0),
+            begun: self.restarts.get(&Child::Shard(index)).copied().unwrap_or(0),
         };
         let (manifests, tombstones) = (inner.catalog.manifests(id)?, inner.catalog.tombstones(id)?);
         if first {

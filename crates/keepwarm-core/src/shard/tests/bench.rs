@@ -9,6 +9,7 @@ use keepwarm_types::{
 };
 use uuid::Uuid;
 
+use crate::registry::Member;
 use crate::session::{BlockRef, Form, Home, Labels, Layout, Order, Part, Planes, Protect};
 use crate::shard::{
     Answer, Command, Create, Event, PersistError, PlanWrite, Precondition, Record, Refusal, Request,
@@ -36,9 +37,9 @@ pub(super) fn settings() -> ShardSettings {
     ShardSettings {
         shard: ShardId(0),
         count: ShardCount::new(1).unwrap(),
-        node: "n1".parse().unwrap(),
+        member: Member { node: "n1".parse().unwrap(), incarnation: Incarnation(2) },
         generation: Generation(3),
-        incarnation: Incarnation(2),
+        begun: 0,
     }
 }
 
