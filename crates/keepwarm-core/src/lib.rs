@@ -2,6 +2,7 @@
 //!
 //! - [`session`]: what a session is: layout, manifest, transcript, lease.
 //! - [`shard`]: the sessions of one shard: every verb, staged and committed writes, expiry, eviction.
+//! - [`replica`]: one replica of a shard: replication, take-over, confirmed reads.
 //! - [`residency`]: one tier's memory: LRU, watermarks, protection, shares; for gpu and pinned alike.
 //! - [`placement`]: which shard a new session is minted into and which GPU it runs on.
 //! - [`registry`]: the state machine of nodes, shards and the spec that a consensus group drives.
@@ -11,6 +12,7 @@
 
 pub mod placement;
 pub mod registry;
+pub mod replica;
 pub mod residency;
 pub mod session;
 pub mod shard;

@@ -195,6 +195,16 @@ impl Manifest {
         Bytes(self.instances().map(|block| u64::from(block.length)).sum())
     }
 
+    /// Its bytes are gone, for this reason; lengths stay.
+    pub fn go_cold(&mut self, reason: ColdReason) {
+        self.state = State::Cold(reason);
+        self.holders = Arc::from([]);
+        for part in &mut self.parts {
+            part.blocks = Vec::new();
+            part.first_block = 0;
+        }
+    }
+
     /// Every block instance that the manifest names.
     pub fn instances(&self) -> impl Iterator<Item = &BlockRef> {
         self.parts.iter().flat_map(|part| part.blocks.iter())

@@ -153,12 +153,17 @@ impl Shard {
         let Some(entry) = self.sessions.get_mut(&key) else { return };
         let Some(mut pending) = entry.work().pending.take() else { return };
         let retried = pending.request.is_none() && pending.in_doubt.is_some();
-        if error == PersistError::NotApplied && !retried {
+        if error != PersistError::Unknown && !retried {
             if !pending.undo.is_empty() {
                 out.push(Command::Release(std::mem::take(&mut pending.undo)));
             }
             if let Some(request) = pending.request {
-                let refusal = Refusal::Unavailable("the catalog did not take the change");
+                let refusal = match error {
+                    PersistError::TooFewHolders => {
+                        Refusal::Moving("fewer nodes than `replication` can hold the session's bytes")
+                    }
+                    _ => Refusal::Unavailable("the catalog did not take the change"),
+                };
                 out.push(Command::Reply(request, Err(refusal)));
             }
             if matches!(pending.after, After::Ended(End::Expired, _)) {

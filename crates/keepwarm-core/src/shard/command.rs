@@ -6,6 +6,7 @@ use keepwarm_types::{Birth, Bytes, InstanceId, Revision, SessionKey, Timestamp, 
 
 use super::event::RequestId;
 use super::refusal::Refusal;
+use super::state::Tombstone;
 use super::view::Answer;
 use crate::session::{Manifest, Stamp, TranscriptDelta};
 
@@ -78,6 +79,49 @@ pub enum Record {
     Forget(SessionKey),
     /// This life of the session never was: a change that was not acknowledged, and that the primary lacks.
     Drop(SessionKey, Birth),
+}
+
+impl Record {
+    /// Whose it is.
+    #[must_use]
+    pub fn key(&self) -> &SessionKey {
+        match self {
+            Self::Manifest(manifest, _) => &manifest.key,
+            Self::Tombstone { key, .. } | Self::Forget(key) | Self::Drop(key, _) => key,
+        }
+    }
+
+    /// What it makes the session's head; none where it takes the head away.
+    #[must_use]
+    pub fn stamp(&self) -> Option<Stamp> {
+        match self {
+            Self::Manifest(manifest, _) => Some(manifest.stamp),
+            Self::Tombstone { stamp, .. } => Some(*stamp),
+            Self::Forget(_) | Self::Drop(..) => None,
+        }
+    }
+
+    /// The record of an end.
+    #[must_use]
+    pub const fn tombstone(key: SessionKey, grave: &Tombstone) -> Self {
+        let Tombstone { birth, revision, at, expired, stamp } = *grave;
+        Self::Tombstone { key, birth, revision, at, expired, stamp }
+    }
+
+    /// What is remembered of the end that this records.
+    #[must_use]
+    pub const fn grave(&self) -> Option<Tombstone> {
+        match self {
+            Self::Tombstone { birth, revision, at, expired, stamp, .. } => Some(Tombstone {
+                birth: *birth,
+                revision: *revision,
+                at: *at,
+                expired: *expired,
+                stamp: *stamp,
+            }),
+            Self::Manifest(..) | Self::Forget(_) | Self::Drop(..) => None,
+        }
+    }
 }
 
 /// What happens to the transcript along with a manifest.

@@ -8,7 +8,8 @@ use keepwarm_types::{
 };
 
 use super::command::{Record, Ticket};
-use crate::session::{BlockRef, Etag, Home, Labels, Layout, Protect, TranscriptDelta};
+use crate::registry::Member;
+use crate::session::{BlockRef, Etag, Home, Labels, Layout, Protect, Stamp, TranscriptDelta};
 
 /// Names a request among those in flight at one shard; minted by the shell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,6 +39,8 @@ pub enum PersistError {
     NotApplied,
     /// They may be on disk (an error while syncing).
     Unknown,
+    /// Fewer nodes than `replication` can hold the bytes, and the spec refuses that.
+    TooFewHolders,
 }
 
 /// A verb on a session, with its place to answer to.
@@ -262,6 +265,15 @@ pub enum Verb {
         reason: ColdReason,
         /// Evict even if leased, protected or used since (device failure, corruption).
         force: bool,
+    },
+    /// Commit who holds the session's bytes; the replica asks this of itself.
+    Place {
+        /// The life that is meant.
+        birth: Birth,
+        /// The state that is meant.
+        met: Stamp,
+        /// Who has all of its bytes.
+        holders: Arc<[Member]>,
     },
     /// End the session.
     Delete,

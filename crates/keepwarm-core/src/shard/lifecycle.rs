@@ -344,13 +344,8 @@ impl Shard {
             }
         }
         let mut next = Manifest::clone(&manifest);
-        next.state = State::Cold(reason);
+        next.go_cold(reason);
         next.placement_seq = next.placement_seq.next();
-        next.holders = Arc::from([]);
-        for part in &mut next.parts {
-            part.blocks = Vec::new();
-            part.first_block = 0;
-        }
         let released = manifest.instances().map(|block| block.instance).collect();
         let change = Change {
             request: Some(id),

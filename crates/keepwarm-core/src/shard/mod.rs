@@ -13,12 +13,15 @@ mod cut;
 mod entry;
 mod event;
 mod expiry;
+mod handover;
 mod lease;
 mod lifecycle;
 mod refusal;
 mod state;
 mod view;
 mod write;
+
+pub(crate) use handover::LeftPending;
 
 pub use command::{Command, Record, Residence, Ticket, TranscriptChange};
 pub use event::{

@@ -110,6 +110,15 @@ pub enum Refusal {
     /// The catalog cannot take writes now; nothing was changed.
     #[error("the catalog cannot be written: {0}")]
     Unavailable(&'static str),
+    /// The owner of the session's shard is changing, or cannot reach who it needs; nothing was changed.
+    #[error("the session's owner cannot answer now: {0}")]
+    Moving(&'static str),
+    /// Every catalog of the session's shard was lost, after the session may have been made.
+    #[error("the session may have been lost with every copy of its shard")]
+    Lost {
+        /// When the loss was found.
+        at: Timestamp,
+    },
     /// May be, or may become, applied.
     #[error("the outcome is unknown")]
     OutcomeUnknown,

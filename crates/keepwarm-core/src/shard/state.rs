@@ -125,15 +125,9 @@ impl Shard {
         tombstones: impl IntoIterator<Item = (SessionKey, Tombstone)>,
     ) -> Self {
         let mut shard = Self::new(settings);
-        let nobody: Arc<[Member]> = Arc::from([]);
         for mut manifest in manifests {
             if manifest.state == State::Warm && manifest.parts.iter().any(|part| part.length > Bytes::ZERO) {
-                manifest.state = State::Cold(ColdReason::Restarted);
-                manifest.holders = Arc::clone(&nobody);
-            }
-            for part in &mut manifest.parts {
-                part.blocks = Vec::new();
-                part.first_block = 0;
+                manifest.go_cold(ColdReason::Restarted);
             }
             let key = manifest.key.clone();
             shard.set_timer(manifest.expires_at(now), Timer::Session(key.clone()));
@@ -253,6 +247,7 @@ impl Shard {
             Verb::Truncate { cut, precondition } => self.truncate(now, id, key, cut, precondition, out),
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
+            Verb::Place { birth, met, holders } => self.place(id, key, birth, met, &holders, out),
             Verb::Delete => self.delete(now, Some(id), key, End::Deleted, out).map(|()| None),
             Verb::Abandon => self.delete(now, Some(id), key, End::Abandoned, out).map(|()| None),
         }
@@ -296,7 +291,7 @@ impl Shard {
     }
 
     /// Tells the pinned tier what the session is to it now.
-    pub(super) fn reside(&self, now: Timestamp, key: &SessionKey, out: &mut Vec<Command>) {
+    pub(crate) fn reside(&self, now: Timestamp, key: &SessionKey, out: &mut Vec<Command>) {
         let Some(entry) = self.sessions.get(key) else { return };
         let Some(manifest) = &entry.manifest else { return };
         out.push(Command::Reside(Residence {
@@ -359,6 +354,7 @@ const fn waits(verb: &Verb) -> bool {
         | Verb::Truncate { .. }
         | Verb::Fork(_)
         | Verb::GoCold { .. }
+        | Verb::Place { .. }
         | Verb::Abort(_)
         | Verb::Delete
         | Verb::Abandon => true,

@@ -1,0 +1,278 @@
+//! Who holds a session's bytes, and who should: fetching what is not here, copying where copies are too few.
+
+use std::sync::Arc;
+
+use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, SessionKey, Timestamp};
+
+use super::event::{CopyFailed, CopyId, ReplicaCommand};
+use super::office::Own;
+use super::state::{Part, Replica, release};
+use crate::registry::Member;
+use crate::session::{Manifest, Stamp, State};
+use crate::shard::{Refusal, Ticket, Verb};
+
+/// Sessions that are copied or fetched at once, beside the changes' own bytes: the foreground goes first.
+const HEALING_MAX: usize = 8;
+
+/// What bytes on their way are for.
+#[derive(Debug)]
+pub(super) enum CopyFor {
+    /// A change's new blocks, before it is sent.
+    Change { ticket: Ticket, to: Member },
+    /// All blocks of a change, for a holder that lacks them.
+    Again { ticket: Ticket, to: Member },
+    /// All blocks of a session that has too few holders.
+    Heal { key: SessionKey, met: Stamp, to: Member },
+    /// All blocks of a session whose primary has none.
+    Fetch { key: SessionKey, met: Stamp, from: Member, blocks: Vec<InstanceId> },
+}
+
+impl CopyFor {
+    fn heals(&self) -> Option<&SessionKey> {
+        match self {
+            Self::Heal { key, .. } | Self::Fetch { key, .. } => Some(key),
+            Self::Change { .. } | Self::Again { .. } => None,
+        }
+    }
+}
+
+impl Replica {
+    /// Whether a session has fewer holders than it should, or none here.
+    pub(super) fn too_few(&self, manifest: &Manifest) -> bool {
+        if manifest.state != State::Warm || manifest.stored_bytes() == Bytes::ZERO {
+            return false;
+        }
+        let wanted = self.settings.replication.min(self.set.replicas.len());
+        manifest.holders.len() < wanted || !manifest.holders.contains(&self.settings.member)
+    }
+
+    /// Notes whether a session needs healing.
+    pub(super) fn look_at(&mut self, key: &SessionKey, changed: bool) {
+        self.drop_gone_holders(key);
+        let Part::Primary(office) = &self.part else { return };
+        let sick = office.shard.committed(key).is_some_and(|manifest| self.too_few(manifest));
+        let Part::Primary(office) = &mut self.part else { return };
+        if sick {
+            office.sick.insert(key.clone());
+        } else if !changed {
+            office.sick.remove(key);
+        }
+    }
+
+    /// The set has changed: holders that are not in it any more count no more.
+    pub(super) fn look_at_holders(&mut self) {
+        let Part::Primary(office) = &self.part else { return };
+        let gone = |manifest: &Arc<Manifest>| {
+            manifest.holders.iter().any(|holder| !self.set.replicas.contains(holder))
+        };
+        let keys: Vec<_> = office
+            .shard
+            .sessions_after(None)
+            .filter(|(_, manifest)| gone(manifest) || self.too_few(manifest))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in keys {
+            self.look_at(&key, false);
+        }
+    }
+
+    fn drop_gone_holders(&mut self, key: &SessionKey) {
+        let set = Arc::clone(&self.set);
+        self.keep_holders(key, |holder| set.replicas.contains(holder));
+    }
+
+    fn keep_holders(&mut self, key: &SessionKey, keep: impl Fn(&Member) -> bool) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some(manifest) = office.shard.committed(key) else { return };
+        if manifest.holders.iter().all(&keep) {
+            return;
+        }
+        let left: Vec<_> = manifest.holders.iter().filter(|holder| keep(holder)).cloned().collect();
+        office.shard.holders_left(key, &left);
+    }
+
+    /// A member that is named as a holder does not have the bytes.
+    pub(super) fn lacks(&mut self, member: &Member, key: &SessionKey) {
+        self.keep_holders(key, |holder| holder != member);
+        self.look_at(key, false);
+    }
+
+    /// Takes up sessions that need healing, as many as may be under way.
+    pub(super) fn heal(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let Part::Primary(office) = &self.part else { return };
+        let under_way = office.copying.values().filter(|copy| copy.heals().is_some()).count();
+        let keys: Vec<_> = office.sick.iter().take(HEALING_MAX.saturating_sub(under_way)).cloned().collect();
+        for key in keys {
+            self.heal_one(now, &key, out);
+        }
+    }
+
+    /// The next step for one session.
+    pub(super) fn heal_one(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let me = self.settings.member.clone();
+        let wanted = self.settings.replication.min(self.set.replicas.len());
+        let Part::Primary(office) = &mut self.part else { return };
+        let under_way = office.copying.values().any(|copy| copy.heals() == Some(key));
+        if under_way || office.shard.changing(key) {
+            return;
+        }
+        let manifest = match office.shard.committed(key) {
+            Some(manifest) if manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO => {
+                Arc::clone(manifest)
+            }
+            _ => {
+                office.sick.remove(key);
+                return;
+            }
+        };
+        let (birth, met) = (manifest.birth, manifest.stamp);
+        if manifest.holders.is_empty() {
+            let cold = Verb::GoCold { birth, reason: ColdReason::HoldersLost, force: true };
+            self.ask_shard(now, key.clone(), cold, Own::Other, out);
+            return;
+        }
+        let blocks: Vec<_> = manifest.instances().copied().collect();
+        let id = self.next_copy();
+        let Part::Primary(office) = &mut self.part else { return };
+        if !manifest.holders.contains(&me) {
+            let from = manifest.holders[0].clone();
+            let instances = blocks.iter().map(|block| block.instance).collect();
+            let copy = CopyFor::Fetch { key: key.clone(), met, from: from.clone(), blocks: instances };
+            office.copying.insert(id, copy);
+            out.push(ReplicaCommand::Fetch { id, from, key: key.clone(), birth, blocks });
+            return;
+        }
+        let target = self.set.replicas.iter().find(|replica| !manifest.holders.contains(replica));
+        match target {
+            Some(to) if manifest.holders.len() < wanted => {
+                office.copying.insert(id, CopyFor::Heal { key: key.clone(), met, to: to.clone() });
+                let to = to.clone();
+                out.push(ReplicaCommand::Copy { id, to, key: key.clone(), birth, blocks });
+            }
+            _ => drop(office.sick.remove(key)),
+        }
+    }
+
+    /// Bytes arrived, or not.
+    pub(super) fn copied(
+        &mut self,
+        now: Timestamp,
+        id: CopyId,
+        result: Result<(), CopyFailed>,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Part::Primary(office) = &mut self.part else { return };
+        match office.copying.remove(&id) {
+            Some(CopyFor::Change { ticket, to }) => self.copied_for_change(now, id, ticket, to, result, out),
+            Some(CopyFor::Again { ticket, to }) if result.is_ok() => {
+                self.send_change(now, ticket, Some(&to), out);
+            }
+            // The change is sent to it again in time, and its answer says again what it lacks.
+            Some(CopyFor::Again { .. }) => {}
+            Some(CopyFor::Heal { key, met, to }) => match result {
+                Ok(()) => self.place_with(now, &key, met, to, Own::Other, out),
+                // Somebody else may have room, or it may have some later.
+                Err(_) => self.turn_to_the_next(&key),
+            },
+            Some(CopyFor::Fetch { key, met, from, blocks }) => match result {
+                Ok(()) => {
+                    let me = self.settings.member.clone();
+                    self.place_with(now, &key, met, me, Own::Fetched(blocks), out);
+                }
+                Err(CopyFailed::Gone) => {
+                    self.lacks(&from, &key);
+                    self.heal_one(now, &key, out);
+                }
+                Err(CopyFailed::NoRoom) => self.refuse_unfetched(&key, out),
+                Err(CopyFailed::Unreachable) => {}
+            },
+            None => {}
+        }
+    }
+
+    /// Sick sessions are looked at in their order: one that cannot be healed now goes behind the others by being
+    /// looked at again with the next change of the set or of itself.
+    fn turn_to_the_next(&mut self, key: &SessionKey) {
+        let Part::Primary(office) = &mut self.part else { return };
+        office.sick.remove(key);
+    }
+
+    fn refuse_unfetched(&mut self, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some((_, waiting)) = office.unfetched.remove(key) else { return };
+        for request in waiting {
+            let refusal = Refusal::Moving("its owner has no room for the session's bytes now");
+            out.push(ReplicaCommand::Reply(request.id, Err(refusal)));
+        }
+    }
+
+    /// Commits that one more member holds the bytes of exactly this state.
+    fn place_with(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        met: Stamp,
+        member: Member,
+        own: Own,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
+        let Some(manifest) = manifest.filter(|_| !office.shard.changing(key)) else {
+            if let Own::Fetched(instances) = own {
+                out.push(release(instances));
+            }
+            return;
+        };
+        let holders = manifest.holders.iter().chain([&member]).cloned().collect();
+        let place = Verb::Place { birth: manifest.birth, met, holders };
+        self.ask_shard(now, key.clone(), place, own, out);
+    }
+
+    /// An own request is answered.
+    pub(super) fn own_answered(
+        &mut self,
+        id: crate::shard::RequestId,
+        done: bool,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Part::Primary(office) = &mut self.part else { return };
+        if let Some(Own::Fetched(instances)) = office.own.remove(&id)
+            && !done
+        {
+            out.push(release(instances));
+        }
+    }
+
+    /// Requests whose session's bytes have come go on.
+    pub(super) fn fetched(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let me = self.settings.member.clone();
+        let Part::Primary(office) = &mut self.part else { return };
+        let here = |key: &SessionKey| {
+            office
+                .shard
+                .committed(key)
+                .is_none_or(|manifest| manifest.state != State::Warm || manifest.holders.contains(&me))
+        };
+        let ready: Vec<_> = office.unfetched.keys().filter(|key| here(key)).cloned().collect();
+        for key in ready {
+            let Part::Primary(office) = &mut self.part else { return };
+            let Some((_, waiting)) = office.unfetched.remove(&key) else { continue };
+            for request in waiting {
+                self.request(now, request, out);
+            }
+        }
+    }
+
+    /// A holder has no room for it any more: it goes cold, unless it is protected or runs.
+    pub(super) fn asked_to_evict(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        birth: Birth,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let cold = Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };
+        self.ask_shard(now, key.clone(), cold, Own::Other, out);
+    }
+}

@@ -1,0 +1,433 @@
+//! A replica's state, its role, and how a new set changes it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use keepwarm_types::{ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
+
+use super::event::{CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
+use super::follower::{Copy, Follower, Head};
+use super::message::{Envelope, Message};
+use super::office::Office;
+use crate::registry::{Member, ReplicaSet};
+use crate::session::{Manifest, Stamp};
+use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone};
+
+/// How long an unanswered message waits before it is sent again: several round trips of any link, and less than a
+/// person notices.
+pub const RESEND: Millis = Millis(300);
+/// How long a client waits for a change before it is told that the outcome is unknown, and for anything else before
+/// it is refused.
+pub const WRITE_DEADLINE: Millis = Millis(5000);
+/// How long bytes that came for a change wait for it: longer than its sender keeps trying to reach the others.
+const INBOX_TTL: Millis = Millis(60_000);
+/// How often deadlines are looked at while something is unanswered.
+const LOOK: Millis = Millis(50);
+/// How long after the catalog refused records they are given to it again.
+const RETRY: Millis = Millis(500);
+
+/// What a replica is to its shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It answers.
+    Primary,
+    /// It has every manifest.
+    Secondary,
+    /// It is being filled.
+    Learner,
+    /// It is in no set; what its catalog has is kept for a return.
+    Idle,
+}
+
+/// Records on their way to the catalog, for another reason than an own change.
+#[derive(Debug)]
+pub(super) struct Saving {
+    pub(super) keys: Vec<SessionKey>,
+    pub(super) then: Then,
+}
+
+#[derive(Debug)]
+pub(super) enum Then {
+    /// A change of the own shard.
+    Change(Ticket),
+    /// Say this to the primary.
+    Say(Member, Message),
+    Nothing,
+}
+
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per shard, and moved once per take-over")]
+pub(super) enum Part {
+    Primary(Office),
+    Follower(Follower),
+}
+
+/// One replica of one shard.
+#[derive(Debug)]
+pub struct Replica {
+    pub(super) settings: ReplicaSettings,
+    pub(super) set: Arc<ReplicaSet>,
+    pub(super) part: Part,
+    tickets: u64,
+    pub(super) copies: u64,
+    pub(super) local: HashMap<Ticket, Saving>,
+    /// Sessions whose head may not be on disk yet, by the number of records on their way.
+    pub(super) saving: BTreeMap<SessionKey, u32>,
+    retries: Vec<(Timestamp, Saving, Vec<Record>)>,
+    /// Bytes that came and that no manifest names yet, until when they are kept.
+    pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
+}
+
+impl Replica {
+    /// A replica of what the catalog has, in no set yet. The bytes of an earlier process are gone: nothing is held.
+    #[must_use]
+    pub fn new(
+        settings: ReplicaSettings,
+        manifests: impl IntoIterator<Item = Manifest>,
+        tombstones: impl IntoIterator<Item = (SessionKey, Tombstone)>,
+    ) -> Self {
+        let live = manifests.into_iter().map(|manifest| {
+            let key = manifest.key.clone();
+            (key, Copy::on_disk(Head::Live(Arc::new(manifest))))
+        });
+        let ended = tombstones.into_iter().map(|(key, grave)| (key, Copy::on_disk(Head::Ended(grave))));
+        let set =
+            ReplicaSet { generation: Generation(0), replicas: Vec::new(), learner: None, lost_at: None };
+        Self {
+            settings,
+            set: Arc::new(set),
+            part: Part::Follower(Follower { copies: live.chain(ended).collect() }),
+            tickets: 0,
+            copies: 0,
+            local: HashMap::new(),
+            saving: BTreeMap::new(),
+            retries: Vec::new(),
+            inbox: BTreeMap::new(),
+        }
+    }
+
+    /// Which shard this is.
+    #[must_use]
+    pub const fn id(&self) -> ShardId {
+        self.settings.shard
+    }
+
+    /// The set that it acts in.
+    #[must_use]
+    pub const fn set(&self) -> &Arc<ReplicaSet> {
+        &self.set
+    }
+
+    /// What it is to its shard.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        let me = &self.settings.member;
+        match &self.part {
+            Part::Primary(_) => Role::Primary,
+            Part::Follower(_) if self.set.replicas.contains(me) => Role::Secondary,
+            Part::Follower(_) if self.set.learner.as_ref() == Some(me) => Role::Learner,
+            Part::Follower(_) => Role::Idle,
+        }
+    }
+
+    /// Sessions that it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match &self.part {
+            Part::Primary(office) => office.shard.len(),
+            Part::Follower(follower) => {
+                follower.copies.values().filter(|copy| matches!(copy.head, Head::Live(_))).count()
+            }
+        }
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A session's head here: its last change that may be on disk.
+    #[must_use]
+    pub fn head(&self, key: &SessionKey) -> Option<Stamp> {
+        match &self.part {
+            Part::Primary(office) => office.head(key),
+            Part::Follower(follower) => follower.head(key),
+        }
+    }
+
+    /// A session as it is here: the committed one of a primary, the head of any other.
+    #[must_use]
+    pub fn manifest(&self, key: &SessionKey) -> Option<&Arc<Manifest>> {
+        match &self.part {
+            Part::Primary(office) => office.shard.committed(key),
+            Part::Follower(follower) => match &follower.copies.get(key)?.head {
+                Head::Live(manifest) => Some(manifest),
+                Head::Ended(_) => None,
+            },
+        }
+    }
+
+    /// When a [`ReplicaEvent::Tick`] is due.
+    #[must_use]
+    pub fn next_deadline(&self, now: Timestamp) -> Timestamp {
+        let office = match &self.part {
+            Part::Primary(office) if office.unanswered() => now + LOOK,
+            Part::Primary(office) => office.shard.next_deadline(),
+            Part::Follower(_) => Timestamp::NEVER,
+        };
+        let inbox = self.inbox.values().min().copied().unwrap_or(Timestamp::NEVER);
+        let retry = self.retries.iter().map(|(at, ..)| *at).min().unwrap_or(Timestamp::NEVER);
+        office.min(inbox).min(retry)
+    }
+
+    /// Takes one event and says what to do, in order.
+    pub fn on(&mut self, now: Timestamp, event: ReplicaEvent) -> Vec<ReplicaCommand> {
+        let mut out = Vec::new();
+        match event {
+            ReplicaEvent::Request(request) => match &mut self.part {
+                Part::Primary(_) => self.request(now, request, &mut out),
+                Part::Follower(_) => {
+                    let refusal = Refusal::Moving("another node owns it");
+                    out.push(ReplicaCommand::Reply(request.id, Err(refusal)));
+                }
+            },
+            ReplicaEvent::Peer(envelope) => self.peer(now, envelope, &mut out),
+            ReplicaEvent::Set(set) => self.adopt(now, &set, &mut out),
+            ReplicaEvent::Linked(member) => self.resend(now, Some(&member), &mut out),
+            ReplicaEvent::Persisted(ticket) => self.persisted(now, ticket, &mut out),
+            ReplicaEvent::PersistFailed(ticket, error, records) => {
+                self.persist_failed(now, ticket, error, records, &mut out);
+            }
+            ReplicaEvent::Arrived(instances) => {
+                self.inbox.extend(instances.into_iter().map(|instance| (instance, now + INBOX_TTL)));
+            }
+            ReplicaEvent::Copied(id, result) => self.copied(now, id, result, &mut out),
+            ReplicaEvent::RegistryConfirmed { round } => self.registry_confirmed(now, round, &mut out),
+            ReplicaEvent::ProposalFailed => {
+                if let Part::Primary(office) = &mut self.part {
+                    office.proposed = None;
+                }
+            }
+            ReplicaEvent::Tick => self.tick(now, &mut out),
+        }
+        out
+    }
+
+    fn tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let late: Vec<_> =
+            self.inbox.iter().filter(|(_, until)| **until <= now).map(|(instance, _)| *instance).collect();
+        if !late.is_empty() {
+            self.inbox.retain(|_, until| *until > now);
+            out.push(release(late));
+        }
+        for (_, saving, records) in self.retries.extract_if(.., |(at, ..)| *at <= now).collect::<Vec<_>>() {
+            self.save_again(saving, records, out);
+        }
+        if matches!(self.part, Part::Primary(_)) {
+            self.office_tick(now, out);
+        }
+    }
+
+    /// Takes up a set that is later than the known one.
+    fn adopt(&mut self, now: Timestamp, set: &Arc<ReplicaSet>, out: &mut Vec<ReplicaCommand>) {
+        if set.generation <= self.set.generation {
+            return;
+        }
+        let first = set.replicas.first() == Some(&self.settings.member);
+        self.set = Arc::clone(set);
+        match (&self.part, first) {
+            (Part::Primary(_), true) => self.keep_office(now, out),
+            (Part::Primary(_), false) => self.leave_office(out),
+            (Part::Follower(_), true) => self.take_office(now, out),
+            (Part::Follower(_), false) => {}
+        }
+        if self.role() == Role::Idle {
+            self.let_go(out);
+        }
+    }
+
+    /// Takes what another replica says, if it is meant for this process and comes from one that counts.
+    //= GUARANTEES.md#G11
+    fn peer(&mut self, now: Timestamp, envelope: Envelope, out: &mut Vec<ReplicaCommand>) {
+        let Envelope { from, to, set, message, .. } = envelope;
+        if to != self.settings.member {
+            return;
+        }
+        if set.generation < self.set.generation {
+            // Whoever asks in an earlier generation learns of the present one; an answer of then says nothing now.
+            if !matches!(message, Message::Stale) && set.replicas.first() == Some(&from) {
+                self.say(&from, Message::Stale, out);
+            }
+            return;
+        }
+        self.adopt(now, &set, out);
+        let known = self.set.replicas.contains(&from) || self.set.learner.as_ref() == Some(&from);
+        if !known {
+            return;
+        }
+        match &self.part {
+            Part::Primary(_) => self.answered(now, &from, message, out),
+            Part::Follower(_) if self.set.replicas.first() == Some(&from) && self.role() != Role::Idle => {
+                self.told(from, message, out);
+            }
+            Part::Follower(_) => {}
+        }
+    }
+
+    pub(super) fn say(&self, to: &Member, message: Message, out: &mut Vec<ReplicaCommand>) {
+        out.push(ReplicaCommand::Send(self.envelope(to, message)));
+    }
+
+    pub(super) fn envelope(&self, to: &Member, message: Message) -> Envelope {
+        Envelope {
+            shard: self.settings.shard,
+            from: self.settings.member.clone(),
+            to: to.clone(),
+            set: Arc::clone(&self.set),
+            message,
+        }
+    }
+
+    pub(super) fn next_copy(&mut self) -> CopyId {
+        self.copies += 1;
+        CopyId(self.copies)
+    }
+
+    /// Gives records to the catalog.
+    pub(super) fn save(
+        &mut self,
+        keys: Vec<SessionKey>,
+        records: Vec<Record>,
+        then: Then,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        if !matches!(then, Then::Change(_)) {
+            for key in &keys {
+                *self.saving.entry(key.clone()).or_default() += 1;
+            }
+        }
+        self.give(Saving { keys, then }, records, out);
+    }
+
+    fn give(&mut self, saving: Saving, records: Vec<Record>, out: &mut Vec<ReplicaCommand>) {
+        self.tickets += 1;
+        let ticket = Ticket(self.tickets);
+        self.local.insert(ticket, saving);
+        out.push(ReplicaCommand::Persist(ticket, records));
+    }
+
+    fn persisted(&mut self, now: Timestamp, ticket: Ticket, out: &mut Vec<ReplicaCommand>) {
+        let Some(Saving { keys, then }) = self.local.remove(&ticket) else { return };
+        match then {
+            Then::Change(ticket) => self.saved_here(now, ticket, out),
+            Then::Say(to, message) => {
+                self.saved(&keys);
+                if matches!(self.part, Part::Follower(_)) && self.set.replicas.first() == Some(&to) {
+                    self.say(&to, message, out);
+                }
+            }
+            Then::Nothing => self.saved(&keys),
+        }
+        self.touched(now, out);
+    }
+
+    fn saved(&mut self, keys: &[SessionKey]) {
+        for key in keys {
+            if let Some(count) = self.saving.get_mut(key) {
+                *count -= 1;
+                if *count == 0 {
+                    self.saving.remove(key);
+                }
+            }
+        }
+    }
+
+    fn persist_failed(
+        &mut self,
+        now: Timestamp,
+        ticket: Ticket,
+        error: PersistError,
+        records: Vec<Record>,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Some(saving) = self.local.remove(&ticket) else { return };
+        if let Then::Change(change) = saving.then
+            && self.not_saved_here(now, change, error, &records, out)
+        {
+            return;
+        }
+        // What others have, or may have, is tried until it is here too.
+        self.retries.push((now + RETRY, saving, records));
+    }
+
+    /// Gives refused records to the catalog again: those that are still what is to be on disk.
+    fn save_again(&mut self, saving: Saving, mut records: Vec<Record>, out: &mut Vec<ReplicaCommand>) {
+        let last: HashMap<_, _> =
+            records.iter().map(|record| (record.key().clone(), record.stamp())).collect();
+        records.retain(|record| self.head(record.key()) == last.get(record.key()).copied().flatten());
+        self.give(saving, records, out);
+    }
+
+    /// A change of the own shard that is on its way to the catalog when the office ends is saved as a copy's is.
+    pub(super) fn orphan(&mut self, ticket: Ticket) {
+        let mine = |saving: &Saving| matches!(saving.then, Then::Change(change) if change == ticket);
+        let local = self.local.values_mut();
+        let retries = self.retries.iter_mut().map(|(_, saving, _)| saving);
+        let mut orphans = Vec::new();
+        for saving in local.chain(retries).filter(|saving| mine(saving)) {
+            saving.then = Then::Nothing;
+            orphans.extend(saving.keys.iter().cloned());
+        }
+        for key in orphans {
+            *self.saving.entry(key).or_default() += 1;
+        }
+    }
+
+    /// A manifest as seen from the present set: its holders are those of the set that are the same process still;
+    /// where none is left, it is cold.
+    pub(super) fn seen_from_set(&self, manifest: &Arc<Manifest>, holding: bool) -> Arc<Manifest> {
+        let me = &self.settings.member;
+        let holds = |member: &&Member| {
+            if *member == me { holding } else { self.set.replicas.contains(member) }
+        };
+        let holders: Vec<_> = manifest.holders.iter().filter(holds).cloned().collect();
+        if holders.len() == manifest.holders.len() {
+            return Arc::clone(manifest);
+        }
+        let mut seen = Manifest::clone(manifest);
+        if holders.is_empty() && seen.parts.iter().any(|part| part.length.0 > 0) {
+            let restarted = manifest.holders.iter().all(|holder| holder.node == me.node);
+            let reason = if restarted { ColdReason::Restarted } else { ColdReason::HoldersLost };
+            seen.go_cold(reason);
+        }
+        seen.holders = holders.into();
+        Arc::new(seen)
+    }
+
+    /// Checks the state against itself.
+    ///
+    /// # Panics
+    /// If an invariant is broken.
+    pub fn validate(&self) {
+        match &self.part {
+            Part::Primary(office) => {
+                assert_eq!(
+                    self.set.replicas.first(),
+                    Some(&self.settings.member),
+                    "in office without a right"
+                );
+                office.validate(&self.set);
+            }
+            Part::Follower(follower) => follower.validate(),
+        }
+    }
+}
+
+pub(super) fn release(instances: Vec<InstanceId>) -> ReplicaCommand {
+    ReplicaCommand::Shard(crate::shard::Command::Release(instances))
+}
+
+pub(super) fn retain(instances: Vec<InstanceId>) -> ReplicaCommand {
+    ReplicaCommand::Shard(crate::shard::Command::Retain(instances))
+}
