@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use keepwarm_types::{Birth, BlockChecksum, Bytes, InstanceId, Owner, TenantName};
+use keepwarm_types::{Birth, BlockChecksum, Bytes, Incarnation, InstanceId, Owner, TenantName};
 
 use crate::arena::Shared;
 use crate::arena::Slot;
@@ -18,6 +18,15 @@ use crate::checksum::{Corrupt, block_checksum};
 
 /// Instances of this process so far.
 static INSTANCES: AtomicU64 = AtomicU64::new(1);
+/// Bits of an instance's number below the incarnation of the node that made it: 2^40 blocks a start, 2^24 starts of
+/// all of a cluster's nodes together.
+const INSTANCE_BITS: u32 = 40;
+
+/// Makes the numbers of this process's instances differ from those of every other process of the cluster: their
+/// high bits are the node's incarnation, which no other node ever has. To be called before the first block is sealed.
+pub fn number_instances_for(incarnation: Incarnation) {
+    INSTANCES.fetch_max(incarnation.0 << INSTANCE_BITS, Ordering::Relaxed);
+}
 
 /// Why a guard did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -152,6 +161,24 @@ impl BlockMut {
     pub fn seal_hashed(self, checksum: BlockChecksum) -> Block {
         let length = self.written;
         self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum)
+    }
+
+    /// Seals all that was written as the same instance that another node has; its bytes were hashed as they came.
+    ///
+    /// # Errors
+    /// The guard comes back where the bytes are not those: [`Corrupt`] has both checksums.
+    //= GUARANTEES.md#G5
+    pub fn seal_received(
+        self,
+        instance: InstanceId,
+        expected: BlockChecksum,
+        found: BlockChecksum,
+    ) -> Result<Block, (Self, Corrupt)> {
+        if found != expected {
+            return Err((self, Corrupt { instance, expected, found }));
+        }
+        let length = self.written;
+        Ok(self.into_block(length, instance, expected))
     }
 
     /// Seals all that was written as a copy of `original`; the caller has verified its checksum.

@@ -59,6 +59,16 @@ struct ByPlace {
     r#where: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeer {
+    peer: String,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeerClass {
+    peer: String,
+    class: &'static str,
+}
+
 type Seconds = Family<BySource, Histogram, fn() -> Histogram>;
 
 /// From 100 us to some 100 s.
@@ -86,6 +96,11 @@ pub struct Metrics {
     batch_size: Family<ByModel, Histogram, fn() -> Histogram>,
     moves: Family<ByMove, Counter>,
     checksum_failures: Family<ByPlace, Counter>,
+    under_replicated: Gauge,
+    relayed: Counter,
+    registry_leader: Gauge,
+    peer_rtt_seconds: Family<ByPeer, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    peer_bytes: Family<ByPeerClass, Gauge>,
 }
 
 fn batch_sizes() -> Histogram {
@@ -112,6 +127,11 @@ impl Default for Metrics {
             batch_size: Family::new_with_constructor(batch_sizes),
             moves: Family::default(),
             checksum_failures: Family::default(),
+            under_replicated: Gauge::default(),
+            relayed: Counter::default(),
+            registry_leader: Gauge::default(),
+            peer_rtt_seconds: Family::default(),
+            peer_bytes: Family::default(),
         };
         let mut registry = Registry::with_prefix("keepwarm");
         let r = &mut registry;
@@ -139,12 +159,43 @@ impl Default for Metrics {
         r.register("batch_size", "Sequences in a step", metrics.batch_size.clone());
         r.register("moves_bytes", "Bytes moved between tiers", metrics.moves.clone());
         r.register("checksum_failures", "Blocks refused by checksum", metrics.checksum_failures.clone());
+        r.register(
+            "under_replicated_sessions",
+            "Sessions owned here with fewer copies than promised",
+            metrics.under_replicated.clone(),
+        );
+        r.register("relayed", "Requests relayed to their owner", metrics.relayed.clone());
+        r.register("registry_leader", "1 where this node leads the registry", metrics.registry_leader.clone());
+        r.register("peer_rtt_seconds", "Round trip to a peer", metrics.peer_rtt_seconds.clone());
+        r.register("peer_bytes_total", "Bytes to and from a peer by class", metrics.peer_bytes.clone());
         metrics.registry = registry;
         metrics
     }
 }
 
 impl Metrics {
+    /// A request went to its owner.
+    pub fn relayed(&self) {
+        self.relayed.inc();
+    }
+
+    /// What this node knows of copies and leads.
+    pub fn set_cluster(&self, under_replicated: i64, leads: bool) {
+        self.under_replicated.set(under_replicated);
+        self.registry_leader.set(i64::from(leads));
+    }
+
+    /// What a peer's link shows.
+    pub fn set_peer(&self, peer: &str, rtt: Option<Duration>, bytes: &[(&'static str, u64)]) {
+        if let Some(rtt) = rtt {
+            self.peer_rtt_seconds.get_or_create(&ByPeer { peer: peer.to_owned() }).set(rtt.as_secs_f64());
+        }
+        for (class, bytes) in bytes {
+            let labels = ByPeerClass { peer: peer.to_owned(), class };
+            self.peer_bytes.get_or_create(&labels).set(i64::try_from(*bytes).unwrap_or(i64::MAX));
+        }
+    }
+
     /// Everything, as Prometheus (OpenMetrics) text.
     #[must_use]
     pub fn encode(&self) -> String {

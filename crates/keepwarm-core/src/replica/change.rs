@@ -9,7 +9,7 @@ use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::CopyFor;
 use super::message::{Message, Prepare};
 use super::office::OWN;
-use super::state::{Part, Replica, Then, WRITE_DEADLINE, release};
+use super::state::{Part, Replica, Then, release};
 use crate::registry::Member;
 use crate::session::{BlockRef, Manifest, Stamp};
 use crate::shard::{Command, Event, PersistError, Record, RequestId, Ticket};
@@ -400,10 +400,11 @@ impl Replica {
     /// Whoever waited too long for a change learns that its outcome is unknown; the change stays on its way.
     //= GUARANTEES.md#G3
     pub(super) fn doubt_late_changes(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
         let mut commands = Vec::new();
         for (ticket, change) in &mut office.changes {
-            if change.sent && !change.doubted && now.since(change.since) >= WRITE_DEADLINE {
+            if change.sent && !change.doubted && now.since(change.since) >= deadline {
                 change.doubted = true;
                 office.shard.doubt(*ticket, &mut commands);
             }

@@ -7,7 +7,7 @@ use keepwarm_types::{SessionKey, Timestamp};
 use super::event::ReplicaCommand;
 use super::message::Message;
 use super::office::{OWN, WAITING_MAX};
-use super::state::{Part, RESEND, Replica, WRITE_DEADLINE};
+use super::state::{Part, RESEND, Replica};
 use crate::registry::Member;
 use crate::session::State;
 use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb};
@@ -193,13 +193,14 @@ impl Replica {
 
     /// Looks at what is late.
     pub(super) fn office_tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
         if office.shard.next_deadline() <= now {
             self.drive(now, Event::Tick, None, out);
         }
         let Part::Primary(office) = &mut self.part else { return };
         while let Some((_, id, since)) = office.rounds.waiting.front().copied()
-            && now.since(since) >= WRITE_DEADLINE
+            && now.since(since) >= deadline
         {
             office.rounds.waiting.pop_front();
             out.push(ReplicaCommand::Refuse(
@@ -211,7 +212,7 @@ impl Replica {
             self.ask_round(now, out);
         }
         if let Part::Primary(office) = &mut self.part
-            && office.proposed.is_some_and(|at| now.since(at) >= WRITE_DEADLINE)
+            && office.proposed.is_some_and(|at| now.since(at) >= deadline)
         {
             // Whether that one comes to be or not, another on the same generation cannot do harm.
             office.proposed = None;

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{InstanceId, SessionKey};
+use keepwarm_types::{Birth, Bytes, InstanceId, SessionKey};
 
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Prepare, Span};
 use super::state::{Part, Replica, Then, release, retain};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State, TranscriptDelta};
-use crate::shard::{Record, Tombstone, TranscriptChange};
+use crate::shard::{Command, Record, Residence, Tombstone, TranscriptChange};
 
 /// What a session's last change made of it.
 #[derive(Debug, Clone)]
@@ -304,6 +304,39 @@ impl Replica {
                 self.complete(key, out);
             }
         }
+        self.reside(key, out);
+    }
+
+    /// Tells the pinned tier what the copy is to it now.
+    fn reside(&self, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let Part::Follower(follower) = &self.part else { return };
+        let copy = follower.copies.get(key);
+        let live = copy.and_then(|copy| match &copy.head {
+            Head::Live(manifest) => Some((manifest, copy.holding)),
+            Head::Ended(_) => None,
+        });
+        let never = keepwarm_types::Timestamp(0);
+        let residence = match live {
+            Some((manifest, holding)) => Residence {
+                key: key.clone(),
+                birth: manifest.birth,
+                bytes: if holding { manifest.stored_bytes() } else { Bytes::ZERO },
+                protected_until: manifest.protect.until(manifest.last_used_at),
+                expires_at: manifest.expires_at(manifest.last_used_at),
+                leased: false,
+                last_used_at: manifest.last_used_at,
+            },
+            None => Residence {
+                key: key.clone(),
+                birth: Birth::from_random(0),
+                bytes: Bytes::ZERO,
+                protected_until: never,
+                expires_at: never,
+                leased: false,
+                last_used_at: never,
+            },
+        };
+        out.push(ReplicaCommand::Shard(Command::Reside(residence)));
     }
 
     /// Takes the bytes of a head that should be here and are: from what was here before, from what came, from what
@@ -341,18 +374,24 @@ impl Replica {
             copy.holding = true;
             copy.extra.retain(|instance| !named.contains(instance));
         }
+        self.reside(key, out);
     }
 
     /// Out of the set: the manifests stay for a return, the bytes count for nothing and go.
     pub(super) fn let_go(&mut self, out: &mut Vec<ReplicaCommand>) {
         let mut gone: Vec<_> = std::mem::take(&mut self.inbox).into_keys().collect();
+        let mut left = Vec::new();
         if let Some(follower) = self.follower() {
-            for copy in follower.copies.values_mut() {
+            for (key, copy) in &mut follower.copies {
+                if copy.holding {
+                    left.push(key.clone());
+                }
                 gone.extend(copy.held());
                 copy.holding = false;
                 copy.extra = Vec::new();
             }
         }
+        left.iter().for_each(|key| self.reside(key, out));
         if !gone.is_empty() {
             out.push(release(gone));
         }

@@ -3,22 +3,19 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use keepwarm_types::{ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
+use keepwarm_types::{Birth, ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
 
 use super::event::{CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 use super::follower::{Copy, Follower, Head};
 use super::message::{Envelope, Message};
 use super::office::Office;
 use crate::registry::{Member, ReplicaSet};
-use crate::session::{Manifest, Stamp};
+use crate::session::{Manifest, Protect, Stamp};
 use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone};
 
 /// How long an unanswered message waits before it is sent again: several round trips of any link, and less than a
 /// person notices.
 pub const RESEND: Millis = Millis(300);
-/// How long a client waits for a change before it is told that the outcome is unknown, and for anything else before
-/// it is refused.
-pub const WRITE_DEADLINE: Millis = Millis(5000);
 /// How long bytes that came for a change wait for it: longer than its sender keeps trying to reach the others.
 const INBOX_TTL: Millis = Millis(60_000);
 /// How often deadlines are looked at while something is unanswered.
@@ -145,6 +142,53 @@ impl Replica {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Live sessions as they are here, with how long their bytes are safe.
+    pub fn sessions(&self) -> impl Iterator<Item = (&SessionKey, Protect)> {
+        self.manifests().map(|manifest| (&manifest.key, manifest.protect))
+    }
+
+    fn manifests(&self) -> Box<dyn Iterator<Item = &Arc<Manifest>> + '_> {
+        match &self.part {
+            Part::Primary(office) => {
+                Box::new(office.shard.sessions_after(None).map(|(_, manifest)| manifest))
+            }
+            Part::Follower(follower) => {
+                Box::new(follower.copies.values().filter_map(|copy| match &copy.head {
+                    Head::Live(manifest) => Some(manifest),
+                    Head::Ended(_) => None,
+                }))
+            }
+        }
+    }
+
+    /// Sessions with fewer copies than they should have, as their primary knows; none for any other.
+    #[must_use]
+    pub fn under_replicated(&self) -> usize {
+        match &self.part {
+            Part::Primary(_) => self.manifests().filter(|manifest| self.too_few(manifest)).count(),
+            Part::Follower(_) => 0,
+        }
+    }
+
+    /// Sessions whose bytes are here and, for all that is known here, on no other node of the set.
+    #[must_use]
+    pub fn needed_here(&self) -> usize {
+        let me = &self.settings.member;
+        let only_here = |manifest: &&Arc<Manifest>| {
+            let others =
+                manifest.holders.iter().any(|holder| holder != me && self.set.replicas.contains(holder));
+            manifest.stored_bytes().0 > 0 && manifest.holders.contains(me) && !others
+        };
+        self.manifests().filter(only_here).count()
+    }
+
+    /// What to tell the primary when this node has no room for a session's bytes.
+    #[must_use]
+    pub fn ask_to_evict(&self, key: &SessionKey, birth: Birth) -> Option<Envelope> {
+        let primary = self.set.replicas.first().filter(|primary| **primary != self.settings.member)?;
+        Some(self.envelope(primary, Message::Evict { key: key.clone(), birth }))
     }
 
     /// A session's head here: its last change that may be on disk.

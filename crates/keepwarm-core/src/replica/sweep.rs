@@ -9,7 +9,7 @@ use keepwarm_types::{SessionKey, Timestamp};
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Span};
 use super::office::{Office, WAITING_MAX};
-use super::state::{Part, RESEND, Replica, WRITE_DEADLINE, release};
+use super::state::{Part, RESEND, Replica, release};
 use crate::registry::{Change, Member};
 use crate::session::{Stamp, TranscriptDelta};
 use crate::shard::{RETRY_AFTER, Refusal, Request};
@@ -378,8 +378,9 @@ impl Replica {
 
     /// Whoever waited too long for a session to be settled or fetched is refused.
     pub(super) fn give_up_waiting(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
-        let late = |since: Timestamp| now.since(since) >= WRITE_DEADLINE;
+        let late = |since: Timestamp| now.since(since) >= deadline;
         let unsettled = office.unsettled.extract_if(.., |_, (since, _)| late(*since));
         let why = "its copies did not answer";
         let mut refused: Vec<_> =

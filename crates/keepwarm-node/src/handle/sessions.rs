@@ -53,7 +53,7 @@ impl Handle {
             let reason = "the tenant has no forever_bytes_max".to_owned();
             return Err(Error::InvalidField { field: "protect_s".to_owned(), reason });
         }
-        let id = request.id.unwrap_or_else(|| self.mint());
+        let id = request.id.map_or_else(|| self.mint(), Ok)?;
         let key = SessionKey::new(tenant.clone(), id);
         self.inner().book.begin(tenant)?;
         let create = Create {
@@ -88,10 +88,12 @@ impl Handle {
     }
 
     /// An id in one of this node's shards.
-    fn mint(&self) -> SessionId {
-        let count = self.links().count;
-        let owned: Vec<_> = (0..count.get()).map(ShardId).collect();
-        mint(Uuid::now_v7(), &owned, count)
+    fn mint(&self) -> Result<SessionId, Error> {
+        let owned = self.own_shards();
+        if owned.is_empty() {
+            return Err(Refusal::Moving("this node owns no shard now").into());
+        }
+        Ok(mint(Uuid::now_v7(), &owned, self.links().count))
     }
 
     /// Shows a session.
@@ -105,7 +107,7 @@ impl Handle {
         Ok(self.info(*view).await)
     }
 
-    /// Shows a tenant's sessions by id, after `after`, with all of `labels`.
+    /// Shows a tenant's sessions of this node's own shards by id, after `after`, with all of `labels`.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::Draining`]. Shards that do not answer are named in the page instead.
@@ -119,12 +121,12 @@ impl Handle {
         let _permit = self.admit()?;
         let limit = limit.clamp(1, PAGE_MAX);
         let count = self.links().count;
-        let anchor = self.mint();
+        let anchor = mint(Uuid::now_v7(), &[ShardId(0)], count);
         let labels: Vec<_> = labels.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        let shards = (0..count.get()).map(|shard| {
-            let key = SessionKey::new(tenant.clone(), anchor.placed_in(ShardId(shard), count));
+        let shards = self.own_shards().into_iter().map(|shard| {
+            let key = SessionKey::new(tenant.clone(), anchor.placed_in(shard, count));
             let query = ListQuery { after, limit: limit + 1, labels: labels.clone() };
-            async move { (ShardId(shard), self.ask(&key, Verb::List(query), Vec::new(), None).await) }
+            async move { (shard, self.ask(&key, Verb::List(query), Vec::new(), None).await) }
         });
         let (mut views, mut incomplete) = (Vec::new(), Vec::new());
         for (shard, answered) in join_all(shards).await {
@@ -156,7 +158,7 @@ impl Handle {
             }
         }
         let info = |(view, hbm): (SessionView, Bytes)| SessionInfo {
-            tiers: TierBytes { hbm, pinned: view.manifest.stored_bytes(), peer: Bytes::ZERO },
+            tiers: self.tiers(&view.manifest, hbm),
             owner: self.name().clone(),
             durability: self.durability(&view.manifest),
             home: view.home,
@@ -268,7 +270,8 @@ impl Handle {
     ) -> Result<(Verdict, SessionInfo), Error> {
         let permit = self.admit()?;
         let count = self.links().count;
-        let child = request.id.unwrap_or_else(|| self.mint().placed_in(count.shard_of(key.id), count));
+        let near = || mint(Uuid::now_v7(), &[count.shard_of(key.id)], count);
+        let child = request.id.unwrap_or_else(near);
         self.inner().book.begin(&key.tenant)?;
         let fork = Fork {
             child,

@@ -1,0 +1,83 @@
+//! The registry's news to the shards, and who hears whom to the registry.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use keepwarm_core::registry::{HealthReport, NodeStatus};
+use keepwarm_types::Millis;
+
+use super::Cluster;
+use crate::handle::Handle;
+use crate::shard::ShardMsg;
+
+/// How often this node tells the registry's leader whom it does not hear.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// Tells each shard its set, now and at every change.
+pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
+    let mut map = cluster.map.clone();
+    let mut told = 0;
+    loop {
+        let registry = map.borrow_and_update().clone();
+        for shard in registry.shards_since(told) {
+            let (Some(set), Some(actor)) = (registry.set(shard), handle.links().shard_at(shard)) else {
+                continue;
+            };
+            let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
+        }
+        told = registry.version();
+        cluster.told.send_replace(Arc::clone(&registry));
+        if let Some(why) = superseded(&cluster, &registry) {
+            handle.fail(why);
+            return;
+        }
+        if map.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether the cluster goes on without this process.
+fn superseded(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -> Option<String> {
+    let me = cluster.member();
+    let state = registry.node(&me.node)?;
+    if state.incarnation > me.incarnation {
+        return Some(format!("another process has registered as node '{}'", me.node));
+    }
+    let needed = registry.shards().any(|shard| {
+        registry.set(shard).is_some_and(|set| set.replicas.contains(me))
+    });
+    if state.status == NodeStatus::Down && !needed {
+        return Some("the cluster took this process for failed and went on without it".to_owned());
+    }
+    None
+}
+
+/// Reports the peers that have been silent for too long.
+pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
+    let mut ticks = tokio::time::interval(REPORT_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let started = Instant::now();
+    loop {
+        ticks.tick().await;
+        let map = cluster.map();
+        let now = Instant::now();
+        let mut unheard = Vec::new();
+        for peer in cluster.transport().peers() {
+            let silent = now.saturating_duration_since(peer.last_heard.unwrap_or(started));
+            if silent < suspect_after {
+                continue;
+            }
+            if let Some(state) = map.node(&peer.node).filter(|state| state.status != NodeStatus::Down) {
+                let ms = Millis(u64::try_from(silent.as_millis()).unwrap_or(u64::MAX));
+                unheard.push((peer.node, state.incarnation, ms));
+            }
+        }
+        let me = cluster.member();
+        cluster.registry().report(HealthReport {
+            from: me.node.clone(),
+            from_incarnation: me.incarnation,
+            unheard,
+        });
+    }
+}

@@ -1,0 +1,229 @@
+//! Who is trusted: TLS 1.3 alone, both sides with a certificate of the cluster's authority.
+//!
+//! A certificate is looked up anew for each handshake, so that new files are in force without a restart.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use keepwarm_types::NodeName;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{CertificateError as Bad, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
+
+use crate::certificate::{CertificateError, Identity, TlsPaths, shown};
+
+/// What peers agree to speak.
+pub(crate) const ALPN: &[u8] = b"keepwarm/1";
+
+/// Which certificates a node uses.
+#[derive(Debug, Clone)]
+pub enum TlsMaterial {
+    /// These files.
+    Files(TlsPaths),
+    /// None: only addresses of this machine are bound and dialled, and a peer is who it says.
+    LoopbackOnly,
+}
+
+/// A node's certificates, and whom it trusts.
+#[derive(Debug)]
+pub(crate) struct Tls {
+    cluster: String,
+    node: NodeName,
+    material: TlsMaterial,
+    current: RwLock<Arc<Identity>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Tls {
+    pub(crate) fn new(cluster: &str, node: &NodeName, material: TlsMaterial) -> Result<Self, CertificateError> {
+        let identity = identity(cluster, node, &material)?;
+        Ok(Self {
+            cluster: cluster.to_owned(),
+            node: node.clone(),
+            material,
+            current: RwLock::new(Arc::new(identity)),
+            provider: Arc::new(ring::default_provider()),
+        })
+    }
+
+    /// Reads the files again; what is in force stays where they are wrong.
+    pub(crate) fn reload(&self) -> Result<(), CertificateError> {
+        let identity = identity(&self.cluster, &self.node, &self.material)?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+        Ok(())
+    }
+
+    pub(crate) fn current(&self) -> Arc<Identity> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) const fn loopback_only(&self) -> bool {
+        matches!(self.material, TlsMaterial::LoopbackOnly)
+    }
+
+    fn trust(&self) -> Trust {
+        let algorithms = self.provider.signature_verification_algorithms;
+        Trust {
+            roots: (!self.loopback_only()).then(|| self.current().roots.clone()),
+            algorithms,
+        }
+    }
+
+    pub(crate) fn client(&self) -> Result<rustls::ClientConfig, Error> {
+        let identity = self.current();
+        let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(self.trust()))
+            .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok(config)
+    }
+
+    pub(crate) fn server(&self) -> Result<rustls::ServerConfig, Error> {
+        let identity = self.current();
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(Arc::new(self.trust()))
+            .with_single_cert(identity.chain.clone(), identity.key.clone_key())?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.max_early_data_size = 0;
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    /// Which node a verified certificate names, if it is of this cluster.
+    pub(crate) fn named(&self, certificate: &CertificateDer<'_>) -> Result<NodeName, String> {
+        let shown = shown("the peer's certificate", certificate).map_err(|error| error.to_string())?;
+        if shown.cluster != self.cluster {
+            return Err(format!("its certificate is of cluster '{}', not '{}'", shown.cluster, self.cluster));
+        }
+        shown.node.ok_or_else(|| "its certificate is an authority's".to_owned())
+    }
+}
+
+fn identity(cluster: &str, node: &NodeName, material: &TlsMaterial) -> Result<Identity, CertificateError> {
+    let TlsMaterial::Files(paths) = material else { return Identity::for_loopback(cluster, node) };
+    let identity = Identity::load(paths)?;
+    if identity.shown.cluster != cluster || identity.shown.node.as_ref() != Some(node) {
+        let named = identity.shown.node.as_ref().map_or("(an authority)", NodeName::as_str);
+        return Err(CertificateError::Wrong {
+            what: paths.certificate.display().to_string(),
+            detail: format!(
+                "it is of node '{named}' in cluster '{}', not of '{node}' in '{cluster}': make one with `keepwarm cert node {node}`",
+                identity.shown.cluster
+            ),
+        });
+    }
+    Ok(identity)
+}
+
+/// Whose certificates are taken: those of the roots; anybody's where there are none (loopback).
+#[derive(Debug)]
+struct Trust {
+    roots: Option<rustls::RootCertStore>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Trust {
+    fn verify(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let parsed = rustls::server::ParsedCertificate::try_from(end_entity)?;
+        let Some(roots) = &self.roots else { return Ok(()) };
+        rustls::client::verify_server_cert_signed_by_trust_anchor(
+            &parsed,
+            roots,
+            intermediates,
+            now,
+            self.algorithms.all,
+        )
+    }
+
+    fn signed(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signed, &self.algorithms)
+    }
+}
+
+impl ServerCertVerifier for Trust {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        // Which node it is stands in its URI, which is compared with the hello.
+        self.verify(end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::InvalidCertificate(Bad::ApplicationVerificationFailure))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Trust {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.verify(end_entity, intermediates, now).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::InvalidCertificate(Bad::ApplicationVerificationFailure))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signed(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
