@@ -20,6 +20,8 @@ pub struct Registration {
     pub stores: bool,
     /// SHA-256 of its certificate.
     pub certificate: [u8; 32],
+    /// Drawn when the process starts: asked twice, because an answer was lost, it is registered once.
+    pub process: Uuid,
 }
 
 /// A change of one shard's set.

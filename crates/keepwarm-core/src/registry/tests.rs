@@ -22,6 +22,7 @@ fn registration(n: u16, disk: u128) -> Registration {
         zone: format!("rack-{}", n % 3),
         stores: true,
         certificate: [0; 32],
+        process: Uuid::new_v4(),
     }
 }
 
