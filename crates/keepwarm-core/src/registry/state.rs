@@ -188,7 +188,7 @@ impl Registry {
             Entry::GiveUp { node, incarnation, at } => {
                 let place = self.present(node, *incarnation)?;
                 if self.nodes[usize::from(place)].status != NodeStatus::Down {
-                    return Err(Refused::Unfit("only a node that is down can be given up"));
+                    return Err(Refused::unfit("only a node that is down can be given up"));
                 }
                 self.change_sets_of(place, shards, |set| {
                     // The next assignment starts it anew.
@@ -275,7 +275,7 @@ impl Registry {
                 return Ok(Response::Registered(present.incarnation));
             }
         } else if self.nodes.len() >= NODES_MAX {
-            return Err(Refused::Unfit("the registry has no room for another node"));
+            return Err(Refused::unfit("the registry has no room for another node"));
         }
         self.incarnations += 1;
         let incarnation = Incarnation(self.incarnations);
@@ -286,7 +286,7 @@ impl Registry {
             changed: self.version,
         };
         let Some(place) = known else {
-            let place = Place::try_from(self.nodes.len()).map_err(|_| Refused::Unfit("too many nodes"))?;
+            let place = Place::try_from(self.nodes.len()).map_err(|_| Refused::unfit("too many nodes"))?;
             Arc::make_mut(&mut self.places).insert(registration.node.clone(), place);
             self.nodes.push(state);
             return Ok(Response::Registered(incarnation));
@@ -318,11 +318,11 @@ impl Registry {
                 return Err(Refused::Stale(set.generation));
             }
             if names.is_empty() || names.len() > self.settings.replication + 1 {
-                return Err(Refused::Unfit("a set has one to `replication` + 1 replicas"));
+                return Err(Refused::unfit("a set has one to `replication` + 1 replicas"));
             }
             let places = names.iter().map(|name| self.able(name)).collect::<Result<Vec<_>, _>>()?;
             if (1..places.len()).any(|at| places[..at].contains(&places[at])) {
-                return Err(Refused::Unfit("a set names a node twice"));
+                return Err(Refused::unfit("a set names a node twice"));
             }
             checked.push((*shard, places));
         }
@@ -344,7 +344,7 @@ impl Registry {
         let place = self.place(name).ok_or_else(|| Refused::UnknownNode(name.clone()))?;
         let node = &self.nodes[usize::from(place)];
         if node.status == NodeStatus::Down || !node.registration.stores {
-            return Err(Refused::Unfit("a node that is down or holds no sessions cannot join a set"));
+            return Err(Refused::unfit("a node that is down or holds no sessions cannot join a set"));
         }
         Ok(place)
     }
@@ -359,20 +359,20 @@ impl Registry {
             Change::AddLearner(name) => {
                 let place = self.able(name)?;
                 if set.learner != NOBODY || set.has(place) {
-                    return Err(Refused::Unfit("the set has a learner already, or the node is a replica"));
+                    return Err(Refused::unfit("the set has a learner already, or the node is a replica"));
                 }
                 if set.len() > self.settings.replication + 1 {
-                    return Err(Refused::Unfit("the set is full"));
+                    return Err(Refused::unfit("the set is full"));
                 }
                 set.learner = place;
             }
             Change::DropLearner if set.learner == NOBODY => {
-                return Err(Refused::Unfit("the set has no learner"));
+                return Err(Refused::unfit("the set has no learner"));
             }
             Change::DropLearner => set.learner = NOBODY,
             Change::Promote => {
                 if set.learner == NOBODY || set.len() >= REPLICAS_MAX {
-                    return Err(Refused::Unfit("the set has no learner, or is full"));
+                    return Err(Refused::unfit("the set has no learner, or is full"));
                 }
                 // A last copy that has failed is needed no longer.
                 let failed = |place: &Place| self.nodes[usize::from(*place)].status == NodeStatus::Down;
@@ -384,7 +384,7 @@ impl Registry {
             Change::Remove { node, observers } => {
                 let place = named(node)?;
                 if !set.has(place) || set.len() == 1 {
-                    return Err(Refused::Unfit("the node is no replica of the shard, or its last"));
+                    return Err(Refused::unfit("the node is no replica of the shard, or its last"));
                 }
                 if set.len() <= self.settings.replication {
                     self.evidence(node, observers)?;
@@ -395,7 +395,7 @@ impl Registry {
             Change::MakePrimary(name) => {
                 let place = named(name)?;
                 if !set.has(place) {
-                    return Err(Refused::Unfit("the node is no replica of the shard"));
+                    return Err(Refused::unfit("the node is no replica of the shard"));
                 }
                 let mut members = vec![place];
                 members.extend(set.without(place));
