@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -86,10 +86,14 @@ pub enum LogStep {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LogError {
     /// This step failed; whether it is on disk is known at the next start.
-    #[error("the registry's log cannot be written: {0}; free space or repair the disk, then restart the node")]
+    #[error(
+        "the registry's log cannot be written: {0}; free space or repair the disk, then restart the node"
+    )]
     Write(String),
     /// An earlier step failed.
-    #[error("the registry's log failed before and takes nothing more: repair the disk, then restart the node")]
+    #[error(
+        "the registry's log failed before and takes nothing more: repair the disk, then restart the node"
+    )]
     Failed,
     /// More waits for the disk than ever should.
     #[error("{QUEUE_MAX} steps wait for the disk of the registry's log: it does not keep up")]
@@ -104,7 +108,7 @@ struct Submission {
     done: LogDone,
 }
 
-/// The log of one node's registry. Clones share it; the last one dropped closes it.
+/// The log of one node's registry. Clones share it; [`RaftLog::close`], or the last one dropped, closes it.
 #[derive(Debug, Clone)]
 pub struct RaftLog {
     inner: Arc<Inner>,
@@ -112,10 +116,15 @@ pub struct RaftLog {
 
 #[derive(Debug)]
 struct Inner {
+    open: Mutex<Option<Open>>,
+    path: PathBuf,
+}
+
+#[derive(Debug)]
+struct Open {
     queue: Option<Sender<Submission>>,
     thread: Option<JoinHandle<()>>,
     database: Arc<Database>,
-    path: PathBuf,
     /// Holds the folder's lock.
     _catalog: Option<Catalog>,
 }
@@ -144,7 +153,9 @@ impl Catalog {
         let log = RaftLog::run(database, path.clone(), Some(self.clone()))?;
         if !existed {
             // Its name in the folder must last as well.
-            fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(|cause| io_error(folder, cause))?;
+            fs::File::open(folder)
+                .and_then(|folder| folder.sync_all())
+                .map_err(|cause| io_error(folder, cause))?;
         }
         self.mark_log().map_err(|error| damaged(&path, error))?;
         Ok(log)
@@ -206,14 +217,30 @@ impl RaftLog {
             .name("registry-log".to_owned())
             .spawn(move || run(&written, &receive))
             .map_err(|cause| io_error(&path, cause))?;
-        let inner =
-            Inner { queue: Some(queue), thread: Some(thread), database, path, _catalog: catalog };
-        Ok(Self { inner: Arc::new(inner) })
+        let open = Open { queue: Some(queue), thread: Some(thread), database, _catalog: catalog };
+        Ok(Self { inner: Arc::new(Inner { open: Mutex::new(Some(open)), path }) })
+    }
+
+    fn open(&self) -> MutexGuard<'_, Option<Open>> {
+        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn database(&self) -> Result<Arc<Database>, ReadError> {
+        let closed = || ReadError::Database(format!("{} is closed", self.path()));
+        self.open().as_ref().map(|open| Arc::clone(&open.database)).ok_or_else(closed)
+    }
+
+    /// Writes what was queued, then gives the file and its share of the folder's lock back; clones take and give
+    /// nothing more. Blocks on disk.
+    pub fn close(&self) {
+        let open = self.open().take();
+        drop(open);
     }
 
     /// Queues steps for one transaction, after all that were queued before; `done` is told once they are safe.
     pub fn submit(&self, steps: Vec<LogStep>, done: LogDone) {
-        let Some(queue) = &self.inner.queue else { return done(Err(LogError::Failed)) };
+        let queue = self.open().as_ref().and_then(|open| open.queue.clone());
+        let Some(queue) = queue else { return done(Err(LogError::Failed)) };
         match queue.try_send(Submission { steps, done }) {
             Ok(()) => {}
             Err(TrySendError::Full(submission)) => (submission.done)(Err(LogError::Full)),
@@ -226,7 +253,7 @@ impl RaftLog {
     /// # Errors
     /// [`ReadError`] naming the damaged entry.
     pub fn entries(&self, range: Range<u64>) -> Result<Vec<(u64, Vec<u8>)>, ReadError> {
-        let begin = self.inner.database.begin_read()?;
+        let begin = self.database()?.begin_read()?;
         let table = begin.open_table(ENTRIES)?;
         let mut entries = Vec::new();
         for entry in table.range(range)? {
@@ -243,7 +270,7 @@ impl RaftLog {
     /// # Errors
     /// [`ReadError`] naming the damaged value.
     pub fn value(&self, slot: Slot) -> Result<Option<Vec<u8>>, ReadError> {
-        let begin = self.inner.database.begin_read()?;
+        let begin = self.database()?.begin_read()?;
         let table = begin.open_table(VALUES)?;
         let Some(value) = table.get(slot.name())? else { return Ok(None) };
         let named = |error| ReadError::Damaged(format!("the {} of {}: {error}", slot.name(), self.path()));
@@ -257,7 +284,7 @@ impl RaftLog {
     }
 }
 
-impl Drop for Inner {
+impl Drop for Open {
     /// Writes what was queued, then ends.
     fn drop(&mut self) {
         self.queue = None;

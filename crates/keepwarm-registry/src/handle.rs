@@ -1,6 +1,6 @@
 //! Starting a node's registry, and the handle to it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +10,7 @@ use keepwarm_core::registry::{Entry, HealthReport, Refused, Registration, Regist
 use keepwarm_types::{Incarnation, NodeName};
 use openraft::{Config, SnapshotPolicy};
 use tokio::sync::{mpsc, watch};
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::link::RegistryLink;
@@ -74,12 +74,19 @@ pub struct RegistryHandle {
 
 struct Running {
     shared: Arc<Shared>,
-    tasks: Vec<AbortHandle>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    log: RaftLog,
+}
+
+impl Running {
+    fn take_tasks(&self) -> Vec<JoinHandle<()>> {
+        std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        for task in &self.tasks {
+        for task in self.take_tasks() {
             task.abort();
         }
     }
@@ -127,18 +134,18 @@ impl RegistryNode {
             registry,
             standing: watch::channel(standing).0,
             reports,
-            hint: std::sync::Mutex::default(),
+            hint: Mutex::default(),
             membership: tokio::sync::Mutex::default(),
             started: Instant::now(),
         });
-        let mut tasks = vec![tokio::spawn(Arc::clone(&shared).lead(incoming)).abort_handle()];
+        let mut tasks = vec![tokio::spawn(Arc::clone(&shared).lead(incoming))];
         if votes {
-            tasks.push(tokio::spawn(Arc::clone(&shared).observe()).abort_handle());
-            tasks.push(tokio::spawn(Arc::clone(&shared).take_part()).abort_handle());
+            tasks.push(tokio::spawn(Arc::clone(&shared).observe()));
+            tasks.push(tokio::spawn(Arc::clone(&shared).take_part()));
         } else {
-            tasks.push(tokio::spawn(Arc::clone(&shared).follow()).abort_handle());
+            tasks.push(tokio::spawn(Arc::clone(&shared).follow()));
         }
-        Ok(RegistryHandle { running: Arc::new(Running { shared, tasks }) })
+        Ok(RegistryHandle { running: Arc::new(Running { shared, tasks: Mutex::new(tasks), log }) })
     }
 }
 
@@ -147,9 +154,7 @@ async fn own(settings: &Settings, log: &RaftLog) -> Result<(), StartError> {
     let expected = settings.cluster_id;
     match log.value(Slot::Cluster)?.map(|bytes| <[u8; 16]>::try_from(bytes).map(u128::from_le_bytes)) {
         Some(Ok(found)) if found == expected => Ok(()),
-        Some(Ok(found)) => {
-            Err(StartError::OtherCluster { path: log.path().to_string(), found, expected })
-        }
+        Some(Ok(found)) => Err(StartError::OtherCluster { path: log.path().to_string(), found, expected }),
         Some(Err(_)) => {
             Err(ReadError::Damaged(format!("the cluster's id in {} is no id", log.path())).into())
         }
@@ -270,15 +275,21 @@ impl RegistryHandle {
         })
     }
 
-    /// Stops; others elect another leader where this one led. Clones of the handle answer `Unavailable` afterwards.
+    /// Stops, and gives the log's file back; others elect another leader where this one led. Clones of the handle answer `Unavailable` afterwards.
     pub async fn shutdown(self) {
-        for task in &self.running.tasks {
+        for task in self.running.take_tasks() {
             task.abort();
+            // It was cancelled, as it should be.
+            let _ = task.await;
         }
         if let Some(raft) = &self.shared().raft
             && let Err(error) = raft.shutdown().await
         {
             tracing::error!(%error, "the registry did not stop in order");
+        }
+        let log = self.running.log.clone();
+        if tokio::task::spawn_blocking(move || log.close()).await.is_err() {
+            tracing::error!("the registry's log did not close in order");
         }
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::propose::Tried;
 use crate::shared::Shared;
-use crate::wire::Request;
+use crate::wire::{Answer, Request};
 
 /// Entries of one plan: a few milliseconds of the log.
 const PLAN_MAX: usize = 64;
@@ -24,15 +24,23 @@ const PLAN_MAX: usize = 64;
 const ENTRY_DEADLINE: Duration = Duration::from_secs(2);
 /// A report that takes longer to the leader is overtaken by the next.
 const REPORT_DEADLINE: Duration = Duration::from_millis(200);
+/// Reports on their way at once: one to a leader that does not answer must not hold up the next, to another.
+const SENDING_MAX: usize = 4;
 /// Half-done changes of the group are looked for this often.
 const JOINT_CHECK: Duration = Duration::from_secs(1);
 
 /// What a task of the leader came to.
 enum Outcome {
     /// A plan's entries were all answered; or some were not, and it must be made again.
-    Planned { answered: bool },
+    Planned {
+        answered: bool,
+    },
     /// A failure was declared, or certainly was not.
-    Declared { node: NodeName, incarnation: Incarnation, applied: bool },
+    Declared {
+        node: NodeName,
+        incarnation: Incarnation,
+        applied: bool,
+    },
     Joint,
     Reported,
 }
@@ -51,7 +59,8 @@ impl Shared {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut tasks: JoinSet<Outcome> = JoinSet::new();
         let mut leading: Option<Leading> = None;
-        let mut sending = false;
+        let mut sending = 0;
+        let mut turn = 0;
         let mut waiting: Option<HealthReport> = None;
         let mut joint_at = Instant::now();
         loop {
@@ -68,7 +77,7 @@ impl Shared {
                     None => return,
                 },
                 Some(outcome) = tasks.join_next() => match (outcome, &mut leading) {
-                    (Ok(Outcome::Reported), _) => sending = false,
+                    (Ok(Outcome::Reported), _) => sending -= 1,
                     (Ok(Outcome::Planned { answered }), Some(leading)) => {
                         leading.planning = false;
                         leading.settled_at = leading.settled_at.filter(|_| answered);
@@ -96,10 +105,16 @@ impl Shared {
                     }
                 }
             }
-            if !sending && let Some(report) = waiting.take() {
-                sending = true;
+            if sending < SENDING_MAX
+                && let Some(report) = waiting.take()
+            {
+                sending += 1;
+                turn += 1;
                 let shared = Arc::clone(&self);
-                tasks.spawn(async move { shared.send_report(report).await; Outcome::Reported });
+                tasks.spawn(async move {
+                    shared.send_report(report, turn).await;
+                    Outcome::Reported
+                });
             }
         }
     }
@@ -113,7 +128,10 @@ impl Shared {
                     tracing::warn!(%accuser, %accused, "one node alone does not hear another");
                     let entries = relieve(&registry, &accuser, &accused, PLAN_MAX);
                     let shared = Arc::clone(self);
-                    tasks.spawn(async move { shared.carry_out(entries).await; Outcome::Joint });
+                    tasks.spawn(async move {
+                        shared.carry_out(entries).await;
+                        Outcome::Joint
+                    });
                 }
             }
         }
@@ -168,18 +186,21 @@ impl Shared {
         answered
     }
 
-    async fn send_report(&self, report: HealthReport) {
-        let Some(to) = self.leader().or_else(|| self.next_voter(0)) else { return };
-        if to == self.settings.node {
-            return;
-        }
+    /// To whoever leads, or the voter whose turn it is; once more to whom that one names.
+    async fn send_report(&self, report: HealthReport, turn: usize) {
         let request = Request::Report((&report).into());
-        match self.network.call(&to, &request, REPORT_DEADLINE).await {
-            Ok(crate::wire::Answer::NotLeader(leader)) => {
-                self.set_hint(leader.and_then(|name| name.parse().ok()));
+        for _ in 0..2 {
+            let Some(to) = self.leader().or_else(|| self.next_voter(turn)) else { return };
+            if to == self.settings.node {
+                return;
             }
-            Ok(_) => {}
-            Err(_) => self.set_hint(None),
+            match self.network.call(&to, &request, REPORT_DEADLINE).await {
+                Ok(Answer::NotLeader(leader)) => {
+                    self.set_hint(leader.and_then(|name| name.parse().ok()).filter(|name| *name != to));
+                }
+                Ok(_) => return,
+                Err(_) => return self.set_hint(None),
+            }
         }
     }
 }

@@ -31,3 +31,6 @@ pub use link::{MESSAGE_BYTES_MAX, RegistryLink, RegistryLinkError};
 pub use propose::ProposeError;
 pub use settings::{Bootstrap, Settings, SettingsError, Timers, VOTERS};
 pub use shared::Standing;
+
+#[cfg(test)]
+mod tests;

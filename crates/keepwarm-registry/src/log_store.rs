@@ -10,9 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use keepwarm_catalog::{LogError, LogStep, RaftLog, ReadError, Slot};
 use openraft::storage::{LogFlushed, RaftLogStorage};
-use openraft::{
-    AnyError, LogId, LogState, OptionalSend, RaftLogId, RaftLogReader, StorageIOError, Vote,
-};
+use openraft::{AnyError, LogId, LogState, OptionalSend, RaftLogId, RaftLogReader, StorageIOError, Vote};
 use tokio::sync::oneshot;
 
 use crate::codec::raft::{

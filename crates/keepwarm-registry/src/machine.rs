@@ -6,15 +6,13 @@ use keepwarm_catalog::{LogStep, RaftLog, ReadError, Slot};
 use keepwarm_core::registry::{Registry, RegistrySettings, Response};
 use openraft::storage::RaftStateMachine;
 use openraft::{
-    AnyError, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta,
-    StorageIOError, StoredMembership,
+    AnyError, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageIOError,
+    StoredMembership,
 };
 use tokio::sync::watch;
 
 use crate::codec::domain::RawDelta;
-use crate::codec::raft::{
-    RawSnapshot, decode_delta, decode_snapshot, encode_delta, encode_snapshot,
-};
+use crate::codec::raft::{RawSnapshot, decode_delta, decode_snapshot, encode_delta, encode_snapshot};
 use crate::codec::{BadBytes, bad};
 use crate::log_store::write;
 use crate::raft_types::{LogEntry, RaftPeer, StorageError, TypeConfig};
@@ -62,9 +60,8 @@ impl Machine {
         settings: RegistrySettings,
         publish: watch::Sender<Arc<Registry>>,
     ) -> Result<Self, ReadError> {
-        let damaged = |error: BadBytes| {
-            ReadError::Damaged(format!("the snapshot of {}: {error}", disk.path()))
-        };
+        let damaged =
+            |error: BadBytes| ReadError::Damaged(format!("the snapshot of {}: {error}", disk.path()));
         let mut machine = Self {
             registry: Registry::new(settings),
             applied: None,

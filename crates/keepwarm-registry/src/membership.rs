@@ -152,7 +152,9 @@ impl Shared {
     /// The leader's side of joining: learner first, then voter in the place of the same name's old disk.
     pub(crate) async fn let_in(&self, node: &NodeName, disk: Uuid) -> Answer {
         let Some(raft) = self.raft.as_ref().filter(|_| self.leads()) else {
-            return Answer::NotLeader(self.leader().filter(|leader| *leader != self.settings.node).map(|name| name.to_string()));
+            return Answer::NotLeader(
+                self.leader().filter(|leader| *leader != self.settings.node).map(|name| name.to_string()),
+            );
         };
         if !self.settings.voters.contains(node) {
             return Answer::Refused(format!("{node} is no voter of the spec"));

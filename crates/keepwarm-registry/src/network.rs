@@ -56,7 +56,8 @@ impl Network {
         request: &Request,
         deadline: Duration,
     ) -> Result<Answer, CallFailed> {
-        let bytes = self.link.call(to, request.encode(self.cluster), deadline).await.map_err(CallFailed::Link)?;
+        let bytes =
+            self.link.call(to, request.encode(self.cluster), deadline).await.map_err(CallFailed::Link)?;
         Answer::decode(self.cluster, &bytes).map_err(|error| CallFailed::Answer(error.to_string()))
     }
 }

@@ -24,7 +24,9 @@ pub enum ProposeError {
     #[error("the registry cannot be reached: {0}; nothing was changed, try again")]
     Unavailable(String),
     /// It may have been proposed, and may be applied yet.
-    #[error("the registry has not answered in time: the change may be applied or not; watch it, or try again")]
+    #[error(
+        "the registry has not answered in time: the change may be applied or not; watch it, or try again"
+    )]
     Unknown,
 }
 
@@ -176,7 +178,9 @@ impl Shared {
     /// Whether this node's own group still runs; where it does not, everything fails at once.
     fn alive(&self) -> Result<(), ProposeError> {
         match self.metrics().map(|metrics| metrics.running_state) {
-            Some(Err(fatal)) => Err(ProposeError::Unavailable(format!("this node's registry has failed: {fatal}"))),
+            Some(Err(fatal)) => {
+                Err(ProposeError::Unavailable(format!("this node's registry has failed: {fatal}")))
+            }
             _ => Ok(()),
         }
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use keepwarm_core::registry::Delta;
 use keepwarm_types::NodeName;
-use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteRequest};
 use openraft::Snapshot;
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteRequest};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 

@@ -83,7 +83,9 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SettingsError {
     /// Two or four voters outlive no more failures than one or three, and have more to fail.
-    #[error("{0} voters: name one (a single node), three or five; a cluster of two needs a third node as voter")]
+    #[error(
+        "{0} voters: name one (a single node), three or five; a cluster of two needs a third node as voter"
+    )]
     Voters(usize),
     /// A name is there twice.
     #[error("node '{0}' is named twice")]
@@ -106,8 +108,10 @@ pub enum SettingsError {
         expected: u128,
     },
     /// The timers do not fit each other.
-    #[error("elections after {election_min:?} to {election_max:?} with heartbeats of {heartbeat:?}: the first must be \
-             at least {HEARTBEATS_MISSED_MIN} heartbeats, the second later than the first")]
+    #[error(
+        "elections after {election_min:?} to {election_max:?} with heartbeats of {heartbeat:?}: the first must be \
+             at least {HEARTBEATS_MISSED_MIN} heartbeats, the second later than the first"
+    )]
     Timers {
         /// Leader's heartbeat.
         heartbeat: Duration,
@@ -152,7 +156,9 @@ impl Settings {
             return Err(SettingsError::Bootstrap { found, expected: self.cluster_id });
         }
         let Timers { heartbeat, election_min, election_max, .. } = self.timers;
-        if heartbeat.is_zero() || election_min < heartbeat * HEARTBEATS_MISSED_MIN || election_max <= election_min
+        if heartbeat.is_zero()
+            || election_min < heartbeat * HEARTBEATS_MISSED_MIN
+            || election_max <= election_min
         {
             return Err(SettingsError::Timers { heartbeat, election_min, election_max });
         }

@@ -82,7 +82,9 @@ impl Shared {
 
     /// The leader's name as a text, for answers; only from the group itself.
     pub(crate) fn leader_text(&self) -> Option<String> {
-        self.leader().filter(|leader| *leader != self.settings.node || self.leads()).map(|name| name.to_string())
+        self.leader()
+            .filter(|leader| *leader != self.settings.node || self.leads())
+            .map(|name| name.to_string())
     }
 
     /// Milliseconds since the start: what the detector calls now.

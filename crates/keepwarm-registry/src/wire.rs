@@ -136,7 +136,8 @@ macro_rules! framed {
 
             pub(crate) fn decode(cluster: u128, bytes: &[u8]) -> Result<Self, BadBytes> {
                 let archive = aligned(unframe(cluster, bytes)?);
-                rkyv::from_bytes::<Self, rkyv::rancor::Error>(&archive).map_err(|error| bad(error.to_string()))
+                rkyv::from_bytes::<Self, rkyv::rancor::Error>(&archive)
+                    .map_err(|error| bad(error.to_string()))
             }
         }
     };

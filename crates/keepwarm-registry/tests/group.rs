@@ -106,7 +106,10 @@ async fn an_empty_disk_under_a_known_name_joins_and_takes_the_old_ones_vote() {
     // The bootstrap file does not help an empty disk either: there is a cluster.
     let fresh = cluster.start(3, Uuid::from_u128(77), true, RaftLog::ephemeral().unwrap()).await;
     let mut standing = fresh.standing();
-    tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter)).await.unwrap().unwrap();
+    tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter))
+        .await
+        .unwrap()
+        .unwrap();
     fresh.confirm(LONG).await.unwrap();
     assert_eq!(fresh.watch().borrow().spec().0, 4, "the old cluster's, not a second one");
     // With its vote the cluster outlives another.

@@ -110,9 +110,8 @@ impl Detector {
     pub fn on(&mut self, now: Timestamp, event: DetectorEvent<'_>) -> Vec<Finding> {
         match event {
             DetectorEvent::Report(report) => {
-                let older = |known: &(Timestamp, HealthReport)| {
-                    known.1.from_incarnation > report.from_incarnation
-                };
+                let older =
+                    |known: &(Timestamp, HealthReport)| known.1.from_incarnation > report.from_incarnation;
                 if !self.reports.get(&report.from).is_some_and(older) {
                     self.reports.insert(report.from.clone(), (now, report));
                 }
@@ -141,8 +140,14 @@ impl Detector {
             .map(|(_, report)| report)
             .filter(|report| live.get(&report.from) == Some(&report.from_incarnation))
             .collect();
-        // One round: everybody has reported, or had the time to.
-        self.settled |= fresh.len() == live.len() || now.since(self.since) >= self.settings.fresh_for;
+        // One round: everybody has reported, is missed by somebody who has, or had the time to.
+        let spoken_of = |node: &NodeName| {
+            fresh.iter().any(|report| {
+                report.from == *node || report.unheard.iter().any(|unheard| unheard.node == *node)
+            })
+        };
+        self.settled |=
+            live.keys().all(|node| spoken_of(node)) || now.since(self.since) >= self.settings.fresh_for;
         if !self.settled {
             return Vec::new();
         }
@@ -166,7 +171,11 @@ impl Detector {
             if accusers.len() >= could.min(2) {
                 if self.proposed.insert((node.clone(), incarnation)) {
                     let observers = accusers.iter().map(|(name, _)| (*name).clone()).collect();
-                    findings.push(Finding::Failed(Entry::Down { node: node.clone(), incarnation, observers }));
+                    findings.push(Finding::Failed(Entry::Down {
+                        node: node.clone(),
+                        incarnation,
+                        observers,
+                    }));
                 }
                 continue;
             }
@@ -185,13 +194,13 @@ impl Detector {
     /// Drops what was of processes that are no more, and of accusations that were taken back.
     fn forget(&mut self, live: &BTreeMap<&NodeName, Incarnation>) {
         let present = |(node, incarnation): &Process| live.get(node) == Some(incarnation);
-        self.reports.retain(|name, (_, report)| live.get(name).is_some_and(|now| *now <= report.from_incarnation));
+        self.reports
+            .retain(|name, (_, report)| live.get(name).is_some_and(|now| *now <= report.from_incarnation));
         self.proposed.retain(present);
         let reports = &self.reports;
         self.isolated.retain(|(accuser, accused)| {
             let stands = |unheard: &Unheard| unheard.node == accused.0 && unheard.incarnation == accused.1;
-            let still =
-                reports.get(&accuser.0).is_some_and(|(_, report)| report.unheard.iter().any(stands));
+            let still = reports.get(&accuser.0).is_some_and(|(_, report)| report.unheard.iter().any(stands));
             present(accuser) && present(accused) && still
         });
     }

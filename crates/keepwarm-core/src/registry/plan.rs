@@ -41,8 +41,7 @@ pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
     let enough = able > 0 && able >= wanted.min(expected);
     // A set that was given up starts anew on whoever there is.
     let begins = |set: &Set| set.len() == 0 && able > 0 && (enough || set.generation.0 > 0);
-    let fresh: Vec<_> =
-        registry.sets.iter().filter(|(_, set)| begins(set)).map(|(shard, _)| shard).collect();
+    let fresh: Vec<_> = registry.sets.iter().filter(|(_, set)| begins(set)).map(|(shard, _)| shard).collect();
     if !fresh.is_empty() {
         return first_sets(&nodes, &fresh, size);
     }
@@ -157,8 +156,7 @@ fn next(
 /// Who has least of the nodes that could join the set, one of another zone first.
 fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
     let zones: Vec<_> = set.members().filter_map(|place| nodes.get(&place)).map(|node| node.zone).collect();
-    let free =
-        |node: &&Storing<'_>| !node.draining && !set.has(node.place) && node.learning < LEARNERS_MAX;
+    let free = |node: &&Storing<'_>| !node.draining && !set.has(node.place) && node.learning < LEARNERS_MAX;
     nodes
         .values()
         .filter(free)

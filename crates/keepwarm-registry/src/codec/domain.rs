@@ -36,14 +36,38 @@ pub(crate) enum RawChange {
 
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
 pub(crate) enum RawEntry {
-    Spec { version: u64, hash: [u8; 32] },
-    Register { registration: RawRegistration, at: u64 },
-    Down { node: String, incarnation: u64, observers: Vec<String> },
-    GiveUp { node: String, incarnation: u64, at: u64 },
-    Drain { node: String, draining: bool },
+    Spec {
+        version: u64,
+        hash: [u8; 32],
+    },
+    Register {
+        registration: RawRegistration,
+        at: u64,
+    },
+    Down {
+        node: String,
+        incarnation: u64,
+        observers: Vec<String>,
+    },
+    GiveUp {
+        node: String,
+        incarnation: u64,
+        at: u64,
+    },
+    Drain {
+        node: String,
+        draining: bool,
+    },
     /// Each set's nodes by their place among the names.
-    Assign { names: Vec<String>, sets: Vec<(u32, Vec<u16>)> },
-    Change { shard: u32, generation: u64, change: RawChange },
+    Assign {
+        names: Vec<String>,
+        sets: Vec<(u32, Vec<u16>)>,
+    },
+    Change {
+        shard: u32,
+        generation: u64,
+        change: RawChange,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
@@ -179,11 +203,9 @@ impl From<&Entry> for RawEntry {
             Entry::Register { registration, at } => {
                 Self::Register { registration: registration.into(), at: at.0 }
             }
-            Entry::Down { node, incarnation, observers } => Self::Down {
-                node: node.to_string(),
-                incarnation: incarnation.0,
-                observers: texts(observers),
-            },
+            Entry::Down { node, incarnation, observers } => {
+                Self::Down { node: node.to_string(), incarnation: incarnation.0, observers: texts(observers) }
+            }
             Entry::GiveUp { node, incarnation, at } => {
                 Self::GiveUp { node: node.to_string(), incarnation: incarnation.0, at: at.0 }
             }
@@ -227,11 +249,9 @@ impl TryFrom<RawEntry> for Entry {
                 incarnation: Incarnation(incarnation),
                 observers: names(&observers)?,
             },
-            RawEntry::GiveUp { node, incarnation, at } => Self::GiveUp {
-                node: name(&node)?,
-                incarnation: Incarnation(incarnation),
-                at: Timestamp(at),
-            },
+            RawEntry::GiveUp { node, incarnation, at } => {
+                Self::GiveUp { node: name(&node)?, incarnation: Incarnation(incarnation), at: Timestamp(at) }
+            }
             RawEntry::Drain { node, draining } => Self::Drain { node: name(&node)?, draining },
             RawEntry::Assign { names: table, sets } => {
                 let table = names(&table)?;
@@ -382,11 +402,7 @@ impl TryFrom<RawReport> for HealthReport {
     type Error = BadBytes;
     fn try_from(raw: RawReport) -> Result<Self, BadBytes> {
         let unheard = |(node, incarnation, silent): (String, u64, u64)| {
-            Ok(Unheard {
-                node: name(&node)?,
-                incarnation: Incarnation(incarnation),
-                silent: Millis(silent),
-            })
+            Ok(Unheard { node: name(&node)?, incarnation: Incarnation(incarnation), silent: Millis(silent) })
         };
         Ok(Self {
             from: name(&raw.from)?,
