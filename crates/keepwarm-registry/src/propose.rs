@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::link::RegistryLinkError;
 use crate::network::CallFailed;
 use crate::raft_types::Proposal;
-use crate::shared::{Shared, millis};
+use crate::shared::{Metrics, Shared, millis};
 use crate::wire::{Answer, Request};
 
 /// Between two tries to find a leader: half a heartbeat.
@@ -177,8 +177,8 @@ impl Shared {
 
     /// Whether this node's own group still runs; where it does not, everything fails at once.
     fn alive(&self) -> Result<(), ProposeError> {
-        match self.metrics().map(|metrics| metrics.running_state) {
-            Some(Err(fatal)) => {
+        match self.metrics() {
+            Some(Metrics { running_state: Err(fatal), .. }) => {
                 Err(ProposeError::Unavailable(format!("this node's registry has failed: {fatal}")))
             }
             _ => Ok(()),

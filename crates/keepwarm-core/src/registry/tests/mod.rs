@@ -1,3 +1,9 @@
+//! The registry's state machine.
+
+mod delta;
+mod detector;
+mod planning;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use keepwarm_types::{Generation, Incarnation, NodeName, ShardCount, ShardId, Timestamp};
