@@ -1,7 +1,7 @@
 //! Opening a catalog: the folder, its lock, its format, and whose it is.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -212,9 +212,9 @@ fn lock(folder: &Path) -> Result<File, OpenError> {
 
 pub(crate) fn io(path: &Path, cause: std::io::Error) -> OpenError {
     let hint = match cause.kind() {
-        std::io::ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
-        std::io::ErrorKind::StorageFull => "; the disk is full: free some space",
-        std::io::ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
+        ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
+        ErrorKind::StorageFull => "; the disk is full: free some space",
+        ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
         _ => "",
     };
     OpenError::Io { path: path.to_owned(), cause, hint }
@@ -225,8 +225,9 @@ pub(crate) fn database_error(path: &Path, error: DatabaseError) -> OpenError {
         DatabaseError::DatabaseAlreadyOpen => {
             OpenError::InUse { path: path.to_owned(), pid: "(unknown)".to_owned() }
         }
+        // A file cut short is damage, not a failing disk.
         DatabaseError::Storage(StorageError::Io(cause))
-            if cause.kind() != std::io::ErrorKind::InvalidData =>
+            if !matches!(cause.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) =>
         {
             io(path, cause)
         }

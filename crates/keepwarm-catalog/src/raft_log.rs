@@ -33,6 +33,9 @@ const GROUP_MAX: usize = 256;
 /// In the catalog: that this folder has a log. A folder whose log is gone has forgotten its votes.
 const HAS_LOG: &str = "has_registry_log";
 
+/// Said of a folder whose log was lost.
+const GONE: &str = "the registry's log is gone, and with it this node's votes";
+
 const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("entries");
 const VALUES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("values");
 const DISK_ID: &str = "disk_id";
@@ -143,8 +146,7 @@ impl Catalog {
         let path = folder.join(FILE);
         let existed = path.exists();
         if !existed && self.has_log().map_err(|error| damaged(&path, error))? {
-            let detail = "the registry's log is gone, and with it this node's votes".to_owned();
-            return Err(OpenError::Damaged { path, detail });
+            return Err(damaged(&path, GONE));
         }
         let database = Database::builder()
             .set_cache_size(CACHE_BYTES)
@@ -315,6 +317,8 @@ fn identify(database: &Database, path: &Path, catalog: Option<&Catalog>) -> Resu
                         return Ok(Some("it is the log of another data_dir".to_owned()));
                     }
                     Some(_) => {}
+                    // The file is new, or was emptied.
+                    None if catalog.has_log()? => return Ok(Some(GONE.to_owned())),
                     None => drop(values.insert(DISK_ID, disk_id.as_bytes().as_slice())?),
                 }
             }
