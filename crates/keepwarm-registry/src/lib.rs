@@ -28,6 +28,7 @@ mod wire;
 
 pub use handle::{RegisterError, RegistryHandle, RegistryNode, StartError};
 pub use link::{MESSAGE_BYTES_MAX, RegistryLink, RegistryLinkError};
+pub use machine::snapshot_bytes;
 pub use propose::ProposeError;
 pub use settings::{Bootstrap, Settings, SettingsError, Timers, VOTERS};
 pub use shared::Standing;

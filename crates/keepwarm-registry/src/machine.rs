@@ -37,8 +37,9 @@ pub(crate) struct Builder {
     meta: Meta,
 }
 
-/// The whole registry as bytes.
-pub(crate) fn registry_bytes(registry: &Registry) -> Vec<u8> {
+/// The whole registry as bytes: what a snapshot holds.
+#[must_use]
+pub fn snapshot_bytes(registry: &Registry) -> Vec<u8> {
     encode_delta(&RawDelta::from(&registry.delta_since(0)))
 }
 
@@ -96,7 +97,7 @@ impl Machine {
 
 impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, StorageError> {
-        let bytes = registry_bytes(&self.registry);
+        let bytes = snapshot_bytes(&self.registry);
         Machine::save(&self.disk, &self.meta, &bytes).await?;
         Ok(Snapshot { meta: self.meta.clone(), snapshot: Box::new(bytes) })
     }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::codec::domain::{RawEntry, RawResponse};
 use crate::log_store::LogStore;
-use crate::machine::{Machine, registry_bytes, registry_from};
+use crate::machine::{Machine, snapshot_bytes, registry_from};
 use crate::raft_types::{StorageError, TypeConfig};
 use crate::wire::{Answer, Request};
 
@@ -143,7 +143,7 @@ fn a_registry_is_the_same_after_a_snapshot() {
     registry.apply(&Entry::Spec { version: 2, hash: [9; 32] });
     let observers = vec![name(1), name(2)];
     registry.apply(&Entry::Down { node: name(4), incarnation: Incarnation(4), observers });
-    let back = registry_from(&registry_bytes(&registry), settings()).unwrap();
+    let back = registry_from(&snapshot_bytes(&registry), settings()).unwrap();
     back.validate();
     assert_eq!(back.delta_since(0), registry.delta_since(0));
     for entry in plan(&registry, 4, 8) {
