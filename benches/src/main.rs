@@ -12,6 +12,7 @@
 mod brain;
 mod engine;
 mod parts;
+mod registry;
 mod restore;
 mod resume;
 mod steady;
@@ -27,13 +28,14 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 type Bench = (&'static str, fn());
 
-const BENCHES: [Bench; 6] = [
+const BENCHES: [Bench; 7] = [
     ("parts", parts::run),
     ("restore", restore::run),
     ("engine", engine::run),
     ("resume", resume::run),
     ("core", brain::run),
     ("steady", steady::run),
+    ("registry", registry::run),
 ];
 
 fn main() {

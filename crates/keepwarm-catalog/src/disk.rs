@@ -129,18 +129,29 @@ where
 {
     let archive =
         rkyv::to_bytes::<rancor::Error>(value).expect("plain values of bounded size always archive");
-    let mut bytes = Vec::with_capacity(8 + archive.len());
-    bytes.extend(XxHash3_64::oneshot(&archive).to_le_bytes());
-    bytes.extend_from_slice(&archive);
+    sealed_bytes(&archive)
+}
+
+/// The bytes behind their sum.
+pub(crate) fn sealed_bytes(value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(8 + value.len());
+    bytes.extend(XxHash3_64::oneshot(value).to_le_bytes());
+    bytes.extend_from_slice(value);
     bytes
+}
+
+/// Checks the sum and gives the bytes.
+pub(crate) fn unsealed(bytes: &[u8]) -> Result<&[u8], BadValue> {
+    let (sum, value) = bytes.split_at_checked(8).ok_or_else(|| bad("a value is cut short"))?;
+    if XxHash3_64::oneshot(value).to_le_bytes() != sum {
+        return Err(bad("a value does not have its checksum"));
+    }
+    Ok(value)
 }
 
 /// Checks the sum and gives the archive, aligned.
 fn opened(bytes: &[u8]) -> Result<rkyv::util::AlignedVec, BadValue> {
-    let (sum, archive) = bytes.split_at_checked(8).ok_or_else(|| bad("a value is cut short"))?;
-    if XxHash3_64::oneshot(archive).to_le_bytes() != sum {
-        return Err(bad("a value does not have its checksum"));
-    }
+    let archive = unsealed(bytes)?;
     let mut aligned = rkyv::util::AlignedVec::with_capacity(archive.len());
     aligned.extend_from_slice(archive);
     Ok(aligned)

@@ -1,7 +1,7 @@
 //! Opening a catalog: the folder, its lock, its format, and whose it is.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,6 +136,9 @@ pub(crate) struct Inner {
     pub(crate) writer: Writer,
     pub(crate) database: Arc<Database>,
     pub(crate) shards: ShardCount,
+    pub(crate) disk_id: Uuid,
+    /// None where it is in memory.
+    pub(crate) folder: Option<PathBuf>,
     /// Held for its lock; the database closes first.
     _lock: Option<File>,
 }
@@ -157,7 +160,7 @@ impl Catalog {
             .set_cache_size(CACHE_BYTES)
             .create(&path)
             .map_err(|error| database_error(&path, error))?;
-        Self::start(database, &path, settings, Some(lock))
+        Self::start(database, &path, settings, Some((folder, lock)))
     }
 
     /// A catalog in memory, for a node that keeps nothing.
@@ -177,13 +180,15 @@ impl Catalog {
         database: Database,
         path: &Path,
         settings: &CatalogSettings,
-        lock: Option<File>,
+        lock: Option<(&Path, File)>,
     ) -> Result<(Self, Recovered), OpenError> {
         let recovered = identify(&database, path, settings)?;
         let database = Arc::new(database);
         let writer = Writer::start(Arc::clone(&database), settings.sync, settings.shards)
             .map_err(|cause| io(path, cause))?;
-        let inner = Inner { writer, database, shards: settings.shards, _lock: lock };
+        let (folder, lock) = lock.map(|(folder, lock)| (folder.to_owned(), lock)).unzip();
+        let disk_id = recovered.disk_id;
+        let inner = Inner { writer, database, shards: settings.shards, disk_id, folder, _lock: lock };
         Ok((Self { inner: Arc::new(inner) }, recovered))
     }
 }
@@ -215,23 +220,24 @@ fn lock(folder: &Path) -> Result<File, OpenError> {
     Ok(file)
 }
 
-fn io(path: &Path, cause: std::io::Error) -> OpenError {
+pub(crate) fn io(path: &Path, cause: std::io::Error) -> OpenError {
     let hint = match cause.kind() {
-        std::io::ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
-        std::io::ErrorKind::StorageFull => "; the disk is full: free some space",
-        std::io::ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
+        ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
+        ErrorKind::StorageFull => "; the disk is full: free some space",
+        ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
         _ => "",
     };
     OpenError::Io { path: path.to_owned(), cause, hint }
 }
 
-fn database_error(path: &Path, error: DatabaseError) -> OpenError {
+pub(crate) fn database_error(path: &Path, error: DatabaseError) -> OpenError {
     match error {
         DatabaseError::DatabaseAlreadyOpen => {
             OpenError::InUse { path: path.to_owned(), pid: "(unknown)".to_owned() }
         }
+        // A file cut short is damage, not a failing disk.
         DatabaseError::Storage(StorageError::Io(cause))
-            if cause.kind() != std::io::ErrorKind::InvalidData =>
+            if !matches!(cause.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) =>
         {
             io(path, cause)
         }

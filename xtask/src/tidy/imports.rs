@@ -15,6 +15,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("keepwarm-catalog", &["keepwarm-types", "keepwarm-core"]),
     ("keepwarm-memory", &["keepwarm-types"]),
     (
+        "keepwarm-registry",
+        &["keepwarm-types", "keepwarm-core", "keepwarm-wire", "keepwarm-catalog", "keepwarm-transport"],
+    ),
+    (
         "keepwarm-node",
         &["keepwarm-types", "keepwarm-core", "keepwarm-config", "keepwarm-catalog", "keepwarm-memory"],
     ),
@@ -42,6 +46,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("quinn", &["keepwarm-transport"]),
     ("rustls", &["keepwarm-transport"]),
     ("redb", &["keepwarm-catalog"]),
+    ("openraft", &["keepwarm-registry"]),
     ("axum", &["keepwarm-api"]),
     ("hyper", &["keepwarm-api"]),
     ("utoipa", &["keepwarm-api"]),
