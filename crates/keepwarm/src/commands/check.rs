@@ -7,6 +7,7 @@ use keepwarm_types::{Bytes, NodeName};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
+use super::cert::{Folder, node_files};
 use crate::cli::CheckArgs;
 use crate::failure::Failure;
 use crate::output::{Output, Table};
@@ -17,7 +18,7 @@ const FILES_WANTED: u64 = 4096 + 64;
 /// How a check of the machine ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+pub(super) enum Verdict {
     Ok,
     Warning,
     Error,
@@ -25,10 +26,10 @@ enum Verdict {
 
 /// One thing that was looked at.
 #[derive(Debug, Serialize)]
-struct Finding {
-    subject: String,
-    verdict: Verdict,
-    detail: String,
+pub(super) struct Finding {
+    pub(super) subject: String,
+    pub(super) verdict: Verdict,
+    pub(super) detail: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -137,7 +138,7 @@ fn examine(node: Option<&NodeConfig>) -> Vec<Finding> {
     findings
 }
 
-fn finding(subject: &str, verdict: Verdict, detail: impl Into<String>) -> Finding {
+pub(super) fn finding(subject: &str, verdict: Verdict, detail: impl Into<String>) -> Finding {
     Finding { subject: subject.to_owned(), verdict, detail: detail.into() }
 }
 
@@ -220,10 +221,13 @@ fn address(http: &str) -> Finding {
     }
 }
 
-/// What a node of several needs beside a machine: its peers' port, the bootstrap file.
+/// What a node of several needs beside a machine: its peers' port, its certificates, the bootstrap file.
 fn cluster(config: &Config, node: &NodeConfig) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(node.peer.as_deref().filter(|_| config.is_cluster()).map(peer));
+    if let Some(tls) = &config.tls {
+        findings.extend(node_files(&Folder::of(tls), &config.name, &node.name));
+    }
     findings.extend(bootstrap(config, node));
     findings
 }
