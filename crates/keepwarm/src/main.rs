@@ -8,6 +8,7 @@ mod commands;
 mod demo;
 mod failure;
 mod output;
+mod place;
 mod wiring;
 
 use std::io::IsTerminal;
@@ -62,6 +63,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(args) => wiring::serve(*args).await,
         Command::Demo(args) => demo::run(args, output).await,
+        Command::Init(args) => commands::init::run(&args, output),
+        Command::Cert { verb } => commands::cert::run(&verb, output),
         Command::Check(args) => commands::check::run(&args, output),
         Command::Status(remote) => commands::status::run(&remote, output).await,
         Command::Sessions { remote, verb } => commands::sessions::run(&remote, verb, output).await,

@@ -126,7 +126,7 @@ fn data_dir_default(name: &NodeName) -> Result<PathBuf, Failure> {
 const TINY: &str = "tiny:";
 
 /// A model from `--model`: a GGUF file, served under the file's name without its quantisation, or `tiny:SEED`.
-fn model(text: &str) -> Result<ModelConfig, Failure> {
+pub(crate) fn model(text: &str) -> Result<ModelConfig, Failure> {
     let (name, source) = if text.starts_with(TINY) {
         ("tiny-random".to_owned(), text.to_owned())
     } else {
