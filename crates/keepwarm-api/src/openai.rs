@@ -12,7 +12,7 @@ use futures::StreamExt;
 use keepwarm_engine::chat::{
     ChatEvent, ChatMessage, ChatRequest, ChatStream, Finished, Prompt, SessionRef, Started,
 };
-use keepwarm_types::TenantName;
+use keepwarm_types::{SessionId, TenantName};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;

@@ -90,6 +90,12 @@ impl Problem {
         self.code
     }
 
+    /// What it says.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+
     /// The status that goes with the code.
     #[must_use]
     pub fn status(&self) -> StatusCode {

@@ -91,8 +91,7 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
         Err(problem) => return problem.into_response(),
     };
     let deadline = Instant::now() + MOVING_WAIT;
-    let relayed =
-        RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
+    let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
     loop {
         let whereabouts = match target {
             Target::Here => Whereabouts::Here,
@@ -160,7 +159,8 @@ fn created(bytes: &[u8]) -> Target {
 
 /// An archive: where the wanted id lies, or its own.
 async fn imported(uri: &Uri, body: Body) -> Result<(Target, Body), Problem> {
-    let wanted = uri.query().into_iter().flat_map(|query| query.split('&')).find_map(|pair| pair.strip_prefix("id="));
+    let wanted =
+        uri.query().into_iter().flat_map(|query| query.split('&')).find_map(|pair| pair.strip_prefix("id="));
     if let Some(id) = wanted {
         return Ok((id.parse().map_or(Target::Here, Target::Session), body));
     }

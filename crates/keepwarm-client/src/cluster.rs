@@ -126,8 +126,8 @@ pub struct Cluster {
     pub under_replicated_sessions: u64,
     /// The spec in force.
     pub spec: Spec,
-    /// Who leads the registry.
-    pub registry_leader: String,
+    /// Who leads the registry; nobody while its voters elect.
+    pub registry_leader: Option<String>,
 }
 
 /// A shard.
@@ -139,6 +139,9 @@ pub struct Shard {
     pub generation: u64,
     /// The owner first.
     pub replicas: Vec<String>,
-    /// Sessions in it.
-    pub sessions: u64,
+    /// Who is being filled, to become a replica.
+    #[serde(default)]
+    pub learner: Option<String>,
+    /// Sessions in it, where the node that was asked has a replica of it.
+    pub sessions: Option<u64>,
 }

@@ -13,7 +13,7 @@ use crate::error::Error;
 
 /// Messages of other nodes' replicas that wait for their shard: each is small, and more than a few hundred mean that
 /// a shard does not keep up, which its peers then feel on their link.
-pub const REPLICA_IN_PERMITS: usize = 4096;
+const REPLICA_IN_PERMITS: usize = 4096;
 /// Requests of clients at work at once. Each holds at most one write region or one read, so that with the
 /// default body limit the arena, not the mailboxes, is what fills up.
 pub const CLIENT_PERMITS: usize = 1024;

@@ -165,7 +165,11 @@ impl Default for Metrics {
             metrics.under_replicated.clone(),
         );
         r.register("relayed", "Requests relayed to their owner", metrics.relayed.clone());
-        r.register("registry_leader", "1 where this node leads the registry", metrics.registry_leader.clone());
+        r.register(
+            "registry_leader",
+            "1 where this node leads the registry",
+            metrics.registry_leader.clone(),
+        );
         r.register("peer_rtt_seconds", "Round trip to a peer", metrics.peer_rtt_seconds.clone());
         r.register("peer_bytes_total", "Bytes to and from a peer by class", metrics.peer_bytes.clone());
         metrics.registry = registry;

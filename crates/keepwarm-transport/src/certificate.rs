@@ -127,7 +127,8 @@ impl Authority {
         let what = "the authority";
         let first = pem_blocks(what, certificates)?.swap_remove(0);
         let key = KeyPair::from_pem(key).map_err(|error| unreadable("the authority's key", error))?;
-        let (_, parsed) = X509Certificate::from_der(&first.contents).map_err(|error| unreadable(what, error))?;
+        let (_, parsed) =
+            X509Certificate::from_der(&first.contents).map_err(|error| unreadable(what, error))?;
         if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
             return Err(wrong(what, "the key is another certificate's: restore the pair together"));
         }
@@ -251,7 +252,8 @@ impl Identity {
         if shown.node.is_none() {
             return Err(wrong(&certificate, "it is an authority's certificate, not a node's"));
         }
-        let key = KeyPair::from_pem(&read(&paths.key)?).map_err(|error| unreadable(&name(&paths.key), error))?;
+        let key =
+            KeyPair::from_pem(&read(&paths.key)?).map_err(|error| unreadable(&name(&paths.key), error))?;
         let (_, parsed) = X509Certificate::from_der(&blocks[0].contents)
             .map_err(|error| unreadable(&certificate, error))?;
         if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {

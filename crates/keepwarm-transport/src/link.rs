@@ -173,7 +173,12 @@ pub trait Transport: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`LinkError`].
-    fn open(&self, to: &NodeName, class: Class, header: Frame) -> BoxFuture<'_, Result<ByteStream, LinkError>>;
+    fn open(
+        &self,
+        to: &NodeName,
+        class: Class,
+        header: Frame,
+    ) -> BoxFuture<'_, Result<ByteStream, LinkError>>;
 
     /// All other nodes and where they are; names are resolved again at each try.
     fn set_peers(&self, peers: Vec<(NodeName, String)>);
@@ -309,7 +314,11 @@ pub(crate) async fn read_frame(receive: &mut quinn::RecvStream) -> Result<Frame,
 }
 
 impl AsyncRead for ByteStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         let before = buf.filled().len();
         let read = AsyncRead::poll_read(Pin::new(&mut self.receive), cx, buf);
         self.received(buf.filled().len() - before);
@@ -318,7 +327,11 @@ impl AsyncRead for ByteStream {
 }
 
 impl AsyncWrite for ByteStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         let written = AsyncWrite::poll_write(Pin::new(&mut self.send), cx, buf);
         if let Poll::Ready(Ok(length)) = &written {
             self.sent(*length);

@@ -36,7 +36,11 @@ pub(crate) struct Tls {
 }
 
 impl Tls {
-    pub(crate) fn new(cluster: &str, node: &NodeName, material: TlsMaterial) -> Result<Self, CertificateError> {
+    pub(crate) fn new(
+        cluster: &str,
+        node: &NodeName,
+        material: TlsMaterial,
+    ) -> Result<Self, CertificateError> {
         let identity = identity(cluster, node, &material)?;
         Ok(Self {
             cluster: cluster.to_owned(),
@@ -62,12 +66,25 @@ impl Tls {
         matches!(self.material, TlsMaterial::LoopbackOnly)
     }
 
+    /// SHA-256 of the node's certificate.
+    pub(crate) fn fingerprint(&self) -> [u8; 32] {
+        let identity = self.current();
+        let mut digest = [0; 32];
+        if let Some(certificate) = identity.chain.first() {
+            let hashed = ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
+            let hashed = hashed.tls13().map(|suite| suite.common.hash_provider.hash(certificate));
+            if let Some(hashed) = hashed {
+                let bytes = hashed.as_ref();
+                let length = bytes.len().min(digest.len());
+                digest[..length].copy_from_slice(&bytes[..length]);
+            }
+        }
+        digest
+    }
+
     fn trust(&self) -> Trust {
         let algorithms = self.provider.signature_verification_algorithms;
-        Trust {
-            roots: (!self.loopback_only()).then(|| self.current().roots.clone()),
-            algorithms,
-        }
+        Trust { roots: (!self.loopback_only()).then(|| self.current().roots.clone()), algorithms }
     }
 
     pub(crate) fn client(&self) -> Result<rustls::ClientConfig, Error> {

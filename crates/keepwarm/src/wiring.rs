@@ -45,11 +45,15 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let models = config.models.clone();
     let mut running = Node::start(config, &name).await.map_err(start_failure)?;
     let handle = running.handle();
+    let relays = running.take_relays();
     // Reading and unpacking a model takes a second or more of this thread.
     let service =
         tokio::task::block_in_place(|| Service::start(&handle, &models)).map_err(Failure::config)?;
     let chat: Arc<dyn ChatBackend> = Arc::new(service);
-    let state = ApiState { handle, chat, credentials };
+    let router = router(ApiState { handle, chat, credentials });
+    if let Some(relays) = relays {
+        tokio::spawn(keepwarm_api::serve_relayed(relays, router.clone()));
+    }
     print(&format!("ready http={address} node={name}\n"))?;
     tracing::info!(%address, node = %name, "ready");
     let mut stopped = stop.clone();
@@ -59,7 +63,7 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
         tracing::info!("stopping: requests under way may finish; a second signal ends the process at once");
     };
     let failed = tokio::select! {
-        served = keepwarm_api::serve(listener, router(state), until) => served.err().map(|error| error.to_string()),
+        served = keepwarm_api::serve(listener, router, until) => served.err().map(|error| error.to_string()),
         reason = running.failed() => Some(reason),
     };
     let report = running.shutdown(STOP_GRACE).await;

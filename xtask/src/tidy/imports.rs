@@ -20,7 +20,16 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "keepwarm-node",
-        &["keepwarm-types", "keepwarm-core", "keepwarm-config", "keepwarm-catalog", "keepwarm-memory"],
+        &[
+            "keepwarm-types",
+            "keepwarm-core",
+            "keepwarm-config",
+            "keepwarm-catalog",
+            "keepwarm-memory",
+            "keepwarm-wire",
+            "keepwarm-transport",
+            "keepwarm-registry",
+        ],
     ),
     (
         "keepwarm-engine",

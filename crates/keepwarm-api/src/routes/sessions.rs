@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use axum::Json as Answer;
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{Extensions, HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::TryStreamExt;
 use keepwarm_core::session::Etag;
 use keepwarm_core::shard::Cut;
-use keepwarm_node::{CreateRequest, ForkRequest, SessionInfo, archive};
+use keepwarm_node::{CreateRequest, ForkRequest, RelayedCaller, SessionInfo, archive};
 use keepwarm_types::{Bytes, SessionId, Tokens};
 use serde_json::{Value, json};
 
@@ -84,9 +84,10 @@ pub(crate) async fn list(
     State(state): State<ApiState>,
     caller: Caller,
     RawQuery(query): RawQuery,
+    extensions: Extensions,
 ) -> Result<Response, Problem> {
     let (mut after, mut limit, mut wanted) = (None, LIMIT_DEFAULT, BTreeMap::new());
-    let uri = format!("/?{}", query.unwrap_or_default())
+    let uri = format!("/?{}", query.clone().unwrap_or_default())
         .parse()
         .map_err(|_| Problem::field("query", "is not a query string"))?;
     let pairs = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&uri);
@@ -109,7 +110,43 @@ pub(crate) async fn list(
         }
     }
     let page = state.handle.list(&caller.tenant, after, limit, &labels(wanted)).await?;
-    Ok(Answer(PageDto::from(page)).into_response())
+    let page = serde_json::to_value(PageDto::from(page)).unwrap_or_default();
+    if extensions.get::<RelayedCaller>().is_some() || !state.handle.in_cluster() {
+        return Ok(Answer(page).into_response());
+    }
+    let path = format!("/v1/sessions?{}", query.as_deref().unwrap_or_default());
+    Ok(Answer(of_all_nodes(&state, &caller, &path, limit, page).await).into_response())
+}
+
+/// Puts the pages of all nodes together; shards of a node that does not answer are named as incomplete.
+async fn of_all_nodes(state: &ApiState, caller: &Caller, path: &str, limit: usize, own: Value) -> Value {
+    let nodes = state.handle.others();
+    let asked = nodes.iter().map(|node| crate::relay::ask(state, node, caller, Method::GET, path));
+    let answers = futures::future::join_all(asked).await;
+    let (mut sessions, mut incomplete, mut more) = (Vec::new(), Vec::new(), false);
+    let mut take = |page: &Value| {
+        sessions.extend(page["sessions"].as_array().cloned().unwrap_or_default());
+        incomplete.extend(page["incomplete"].as_array().cloned().unwrap_or_default());
+        more |= !page["next_cursor"].is_null();
+    };
+    take(&own);
+    let mut silent = Vec::new();
+    for (node, answer) in nodes.iter().zip(answers) {
+        match answer {
+            Ok(page) => take(&page),
+            Err(error) => {
+                tracing::debug!(%node, why = error.detail(), "a node's sessions are not listed");
+                silent.extend(state.handle.shards_of(node).into_iter().map(|shard| Value::from(shard.0)));
+            }
+        }
+    }
+    incomplete.extend(silent);
+    let id = |session: &Value| session["id"].as_str().unwrap_or_default().to_owned();
+    sessions.sort_by_key(id);
+    more |= sessions.len() > limit;
+    sessions.truncate(limit);
+    let cursor = sessions.last().filter(|_| more).map(id);
+    json!({"sessions": sessions, "next_cursor": cursor, "incomplete": incomplete})
 }
 
 /// Show a session.

@@ -11,8 +11,9 @@ use keepwarm_core::replica::CopyFailed;
 use keepwarm_core::session::BlockRef;
 use keepwarm_memory::{Block, BlockHasher, BlockMut, CHUNK_BYTES};
 use keepwarm_transport::{ByteStream, Class, LinkError};
-use keepwarm_types::{Birth, Bytes, Generation, Owner, SessionKey, Tier};
-use keepwarm_wire::{BlocksAnswer, BlocksHeader, Direction};
+use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, Tier};
+use keepwarm_wire::Frame;
+use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -48,7 +49,7 @@ impl Cluster {
         let refs = blocks.iter().map(crate::write::block_ref).collect();
         let header = self.header(generation, key, birth, refs, Direction::Push);
         let work = async {
-            let header = keepwarm_wire::encode_blocks(&header).map_err(|_| CopyFailed::NoRoom)?;
+            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
             let opened = self.transport.open(&to.node, Class::Checkpoint, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             let sent = send_blocks(&mut stream, key, birth, &blocks).await;
@@ -87,14 +88,14 @@ impl Cluster {
             let room = handle.reserve_pinned(&owner, Pool::Restore, sizes(&blocks)).await;
             let room = room.map_err(|error| no_room(&error))?;
             let header = self.header(generation, key, birth, blocks.clone(), Direction::Pull);
-            let header = keepwarm_wire::encode_blocks(&header).map_err(|_| CopyFailed::NoRoom)?;
+            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
             let opened = self.transport.open(&from.node, Class::Restore, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             stream.finish();
-            taken(&read_first(&mut stream).await.map_err(|error| unreachable_by(&error))?)?;
+            taken(&read_answer(&mut stream).await.map_err(|error| unreachable_by(&error))?)?;
             match receive(&mut stream, &blocks, room).await {
                 Ok(received) => Ok(received),
-                Err(Received::Damaged(detail)) => {
+                Err(Received::Damaged(_, detail)) => {
                     handle.metrics().checksum_failed("peer");
                     tracing::error!(%key, %detail, "bytes from another node are damaged");
                     Err(CopyFailed::Gone)
@@ -144,15 +145,15 @@ async fn take(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) ->
         }
         Ok(room) => match receive(stream, &header.blocks, room).await {
             Ok(blocks) => keep(handle, &header, blocks).await,
-            Err(Received::Damaged(detail)) => {
+            Err(Received::Damaged(instance, detail)) => {
                 handle.metrics().checksum_failed("peer");
                 tracing::error!(key = %header.key, %detail, "bytes from another node are damaged");
-                BlocksAnswer::Damaged
+                BlocksAnswer::Damaged(instance)
             }
             Err(Received::Broken(error)) => return Err(error),
         },
     };
-    stream.write_frame(&keepwarm_wire::encode_answer(&answer)).await?;
+    stream.write_frame(&encoded(&answer)?).await?;
     stream.finish();
     Ok(())
 }
@@ -175,11 +176,11 @@ async fn lend(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) ->
         .is_ok_and(|shard| shard.cast(ShardMsg::Lend(header.blocks, header.birth, reply)).is_ok());
     let guards = if asked { lent.await.ok().flatten() } else { None };
     let Some(guards) = guards else {
-        stream.write_frame(&keepwarm_wire::encode_answer(&BlocksAnswer::Gone)).await?;
+        stream.write_frame(&encoded(&BlocksAnswer::Gone)?).await?;
         stream.finish();
         return Ok(());
     };
-    stream.write_frame(&keepwarm_wire::encode_answer(&BlocksAnswer::Taken)).await?;
+    stream.write_frame(&encoded(&BlocksAnswer::Taken)?).await?;
     send_blocks(stream, &header.key, header.birth, &guards).await
 }
 
@@ -202,7 +203,7 @@ async fn send_blocks(
 }
 
 enum Received {
-    Damaged(String),
+    Damaged(InstanceId, String),
     Broken(LinkError),
 }
 
@@ -220,39 +221,39 @@ async fn receive(
         while block.written() < wanted.length as usize {
             if rest.is_empty() {
                 let chunk = stream.read_chunk(READ_BYTES).await.map_err(Received::Broken)?;
-                rest = chunk.ok_or_else(|| {
-                    Received::Broken(LinkError::Closed("the batch ended early".to_owned()))
-                })?;
+                rest = chunk
+                    .ok_or_else(|| Received::Broken(LinkError::Closed("the batch ended early".to_owned())))?;
             }
             let taken = rest.split_to(rest.len().min(wanted.length as usize - block.written()));
             // In steps that stay in the first-level cache between the copy and the hash.
             for step in taken.chunks(4 * CHUNK_BYTES) {
                 let at = block.written();
-                block.write(at, step).map_err(|error| Received::Damaged(error.to_string()))?;
+                block
+                    .write(at, step)
+                    .map_err(|error| Received::Damaged(wanted.instance, error.to_string()))?;
                 hasher.update(&block.bytes()[at..]);
             }
         }
         let sealed = block.seal_received(wanted.instance, wanted.checksum, hasher.finish());
-        blocks.push(sealed.map_err(|(_, corrupt)| Received::Damaged(corrupt.to_string()))?);
+        blocks.push(sealed.map_err(|(_, corrupt)| Received::Damaged(wanted.instance, corrupt.to_string()))?);
     }
     Ok(blocks)
 }
 
-/// The answer behind all that was sent.
-async fn read_answer(stream: &mut ByteStream) -> Result<BlocksAnswer, LinkError> {
-    read_first(stream).await
+fn encoded(answer: &BlocksAnswer) -> Result<Frame, LinkError> {
+    answer.encode().map_err(|error| LinkError::Closed(error.to_string()))
 }
 
-async fn read_first(stream: &mut ByteStream) -> Result<BlocksAnswer, LinkError> {
+async fn read_answer(stream: &mut ByteStream) -> Result<BlocksAnswer, LinkError> {
     let frame = stream.read_frame().await?;
-    keepwarm_wire::decode_answer(&frame).map_err(|error| LinkError::Closed(error.to_string()))
+    BlocksAnswer::decode(&frame).map_err(|error| LinkError::Closed(error.to_string()))
 }
 
 const fn taken(answer: &BlocksAnswer) -> Result<(), CopyFailed> {
     match answer {
         BlocksAnswer::Taken => Ok(()),
         BlocksAnswer::NoRoom => Err(CopyFailed::NoRoom),
-        BlocksAnswer::Gone | BlocksAnswer::Damaged => Err(CopyFailed::Gone),
+        BlocksAnswer::Gone | BlocksAnswer::Damaged(_) => Err(CopyFailed::Gone),
     }
 }
 

@@ -6,6 +6,8 @@ use keepwarm_core::registry::Member;
 use keepwarm_registry::RegistryHandle;
 use keepwarm_transport::{Frame, Incoming, PeerId};
 use keepwarm_types::NodeName;
+use keepwarm_wire::blocks::BlocksHeader;
+use keepwarm_wire::control::RelayHeader;
 use keepwarm_wire::kinds;
 use tokio::sync::mpsc;
 
@@ -65,7 +67,7 @@ fn linked(cluster: &Cluster, node: &NodeName) {
 //= GUARANTEES.md#G8
 async fn said(cluster: &Cluster, peer: &PeerId, frame: &Frame) {
     let Some(handle) = cluster.handle.get() else { return };
-    let envelope = match keepwarm_wire::decode(frame, &cluster.layouts) {
+    let envelope = match keepwarm_wire::envelope::decode(frame, &cluster.layouts) {
         Ok(envelope) => envelope,
         Err(error) => {
             tracing::warn!(node = %peer.node, %error, "a message between replicas cannot be read");
@@ -85,18 +87,19 @@ async fn said(cluster: &Cluster, peer: &PeerId, frame: &Frame) {
 fn opened(cluster: &Arc<Cluster>, from: &PeerId, header: &Frame, stream: keepwarm_transport::ByteStream) {
     let Some(handle) = cluster.handle.get() else { return };
     match header.kind {
-        kinds::BLOCKS => match keepwarm_wire::decode_blocks(header) {
+        kinds::BLOCKS_HEADER => match BlocksHeader::decode(header) {
             Ok(header) => drop(tokio::spawn(blocks::serve(handle.clone(), header, stream))),
             Err(error) => tracing::warn!(node = %from.node, %error, "a batch of blocks cannot be read"),
         },
-        kinds::RELAY => match keepwarm_wire::decode_relay(header) {
+        kinds::RELAY_HEADER => match RelayHeader::decode(header) {
             Ok(header) => {
                 let caller = RelayedCaller {
                     tenant: header.tenant,
                     admin: header.admin,
                     request_id: header.request_id,
                 };
-                let relay = IncomingRelay { caller, from: from.node.clone(), stream: RelayStream::new(stream) };
+                let relay =
+                    IncomingRelay { caller, from: from.node.clone(), stream: RelayStream::new(stream) };
                 if cluster.relays.try_send(relay).is_err() {
                     tracing::warn!(node = %from.node, "too many relayed requests wait: one was refused");
                 }

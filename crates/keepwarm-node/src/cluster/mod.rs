@@ -26,7 +26,8 @@ use tokio::task::AbortHandle;
 
 use crate::handle::Handle;
 pub use relay::{IncomingRelay, RelayStream, RelayedCaller};
-pub(crate) use start::{Joined, join};
+pub use start::JoinError;
+pub(crate) use start::join;
 
 /// This node's part in the cluster.
 pub(crate) struct Cluster {
@@ -97,13 +98,15 @@ impl Cluster {
 
     fn owned_where(&self, fits: impl Fn(&Member) -> bool) -> Vec<ShardId> {
         let map = self.told.borrow().clone();
-        map.shards().filter(|shard| map.set(*shard).is_some_and(|set| set.replicas.first().is_some_and(&fits))).collect()
+        map.shards()
+            .filter(|shard| map.set(*shard).is_some_and(|set| set.replicas.first().is_some_and(&fits)))
+            .collect()
     }
 
     /// Tells another node's replica. What cannot be sent is lost; the core sends it again.
     pub(crate) fn say(&self, envelope: Envelope) {
         let to = envelope.to.node.clone();
-        let frame = match keepwarm_wire::encode(&envelope) {
+        let frame = match keepwarm_wire::envelope::encode(&envelope) {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::error!(%to, %error, "a message between replicas cannot be encoded");

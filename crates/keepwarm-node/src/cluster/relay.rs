@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use keepwarm_transport::{ByteStream, Class};
 use keepwarm_types::{Millis, NodeName, TenantName};
-use keepwarm_wire::RelayHeader;
+use keepwarm_wire::control::RelayHeader;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 
@@ -62,7 +62,11 @@ impl AsyncRead for RelayStream {
 }
 
 impl AsyncWrite for RelayStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, buf)
     }
 
@@ -84,7 +88,7 @@ impl Cluster {
             request_id: caller.request_id.clone(),
             hops: 1,
         };
-        let frame = keepwarm_wire::encode_relay(&header).map_err(|error| Error::Internal(error.to_string()))?;
+        let frame = header.encode().map_err(|error| Error::Internal(error.to_string()))?;
         let unreachable = |why: String| Error::Unavailable {
             reason: format!("node '{to}', which owns it, cannot be reached: {why}"),
             retry_after: RETRY_AFTER,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use keepwarm_core::registry::{HealthReport, NodeStatus};
+use keepwarm_core::registry::{HealthReport, NodeStatus, Unheard};
 use keepwarm_types::Millis;
 
 use super::Cluster;
@@ -44,9 +44,8 @@ fn superseded(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -
     if state.incarnation > me.incarnation {
         return Some(format!("another process has registered as node '{}'", me.node));
     }
-    let needed = registry.shards().any(|shard| {
-        registry.set(shard).is_some_and(|set| set.replicas.contains(me))
-    });
+    let needed =
+        registry.shards().any(|shard| registry.set(shard).is_some_and(|set| set.replicas.contains(me)));
     if state.status == NodeStatus::Down && !needed {
         return Some("the cluster took this process for failed and went on without it".to_owned());
     }
@@ -70,7 +69,7 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             }
             if let Some(state) = map.node(&peer.node).filter(|state| state.status != NodeStatus::Down) {
                 let ms = Millis(u64::try_from(silent.as_millis()).unwrap_or(u64::MAX));
-                unheard.push((peer.node, state.incarnation, ms));
+                unheard.push(Unheard { node: peer.node, incarnation: state.incarnation, silent: ms });
             }
         }
         let me = cluster.member();

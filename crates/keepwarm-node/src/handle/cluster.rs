@@ -57,11 +57,13 @@ impl Handle {
     pub fn map_changes(&self) -> impl Future<Output = ()> + Send + use<> {
         let told = self.cluster_link().map(|cluster| cluster.told());
         async move {
-            match told {
-                // An error means that the node stops: nothing changes any more.
-                Some(mut told) if told.changed().await.is_ok() => {}
-                _ => std::future::pending().await,
+            if let Some(mut told) = told
+                && told.changed().await.is_ok()
+            {
+                return;
             }
+            // A cluster of one, or the node stops: nothing changes any more.
+            std::future::pending::<()>().await;
         }
     }
 

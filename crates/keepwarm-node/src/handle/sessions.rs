@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::inner::Handle;
 use super::request::{CreateRequest, ForkRequest, WriteRequest};
-use super::view::{Freed, Receipt, SessionInfo, SessionPage, TierBytes, TranscriptInfo, Verdict, WriteDone};
+use super::view::{Freed, Receipt, SessionInfo, SessionPage, TranscriptInfo, Verdict, WriteDone};
 use crate::error::Error;
 use crate::gpu::GpuMsg;
 use crate::read::PartReader;

@@ -4,15 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use keepwarm_core::residency::{Residency, ResidencySettings};
-use keepwarm_core::replica::{Replica, ReplicaSettings};
-use keepwarm_core::registry::ReplicaSet;
-use keepwarm_memory::Arena;
 use keepwarm_config::DegradedWrites;
+use keepwarm_core::registry::ReplicaSet;
+use keepwarm_core::replica::{Replica, ReplicaSettings};
+use keepwarm_core::residency::{Residency, ResidencySettings};
+use keepwarm_memory::Arena;
 use keepwarm_types::{Bytes, Generation, Millis, ShardId, Timestamp};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
-use crate::clock::now;
 use crate::gpu::{GpuActor, GpuArgs};
 use crate::handle::Handle;
 use crate::pinned::{PinnedActor, PinnedArgs};
@@ -125,11 +124,7 @@ impl NodeState {
     }
 
     /// Starts a shard from what the catalog has. In a cluster of one it owns itself at once; else the registry says.
-    async fn start_shard(
-        &mut self,
-        index: usize,
-        supervisor: &ActorCell,
-    ) -> Result<(), ActorProcessingErr> {
+    async fn start_shard(&mut self, index: usize, supervisor: &ActorCell) -> Result<(), ActorProcessingErr> {
         let inner = self.handle.inner();
         let id = ShardId(u32::try_from(index)?);
         let begun = self.restarts.get(&Child::Shard(index)).copied().unwrap_or(0);

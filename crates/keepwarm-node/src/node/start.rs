@@ -135,7 +135,8 @@ impl Node {
             None => Catalog::ephemeral(&settings)?,
         };
         let (fail, failed) = watch::channel(None);
-        let joined = if config.is_cluster() { Some(join(&config, &node, &catalog, &recovered).await?) } else { None };
+        let joined =
+            if config.is_cluster() { Some(join(&config, &node, &catalog, &recovered).await?) } else { None };
         let alone = || Member { node: name.clone(), incarnation: recovered.incarnation };
         let member = joined.as_ref().map_or_else(alone, |joined| joined.cluster.member().clone());
         number_instances_for(member.incarnation);

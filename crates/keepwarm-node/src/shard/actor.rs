@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use keepwarm_catalog::Catalog;
 use keepwarm_core::replica::{Replica, ReplicaCommand, ReplicaEvent, Role};
 use keepwarm_core::session::Protect;
-use keepwarm_core::shard::{Answer, Command, PersistError, Record, Refusal, Request, RequestId, Ticket, Verb};
+use keepwarm_core::shard::{
+    Answer, Command, PersistError, Record, Refusal, Request, RequestId, Ticket, Verb,
+};
 use keepwarm_memory::Block;
 use keepwarm_types::{Birth, ColdReason, InstanceId, SessionKey, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -94,7 +96,8 @@ impl Actor for ShardActor {
                 let _ = kept.send(());
             }
             ShardMsg::Copied(id, result) => {
-                let result = result.map(|blocks| blocks.into_iter().for_each(|block| state.guards.take(block)));
+                let result =
+                    result.map(|blocks| blocks.into_iter().for_each(|block| state.guards.take(block)));
                 state.on(&myself, ReplicaEvent::Copied(id, result));
             }
             ShardMsg::Lend(blocks, birth, reply) => {
@@ -188,7 +191,9 @@ impl ShardState {
                 }
             }
             ReplicaCommand::Deliver(request) => {
-                if let Some(Waiting::Client { reply, held: Some(answered), .. }) = self.waiting.remove(&request) {
+                if let Some(Waiting::Client { reply, held: Some(answered), .. }) =
+                    self.waiting.remove(&request)
+                {
                     // A client that has gone away needs no answer.
                     let _ = reply.send(answered);
                 }
@@ -200,10 +205,21 @@ impl ShardState {
             }
             ReplicaCommand::Copy { id, to, key, birth, blocks } => {
                 let guards = self.guards.all(&blocks, birth);
-                peers::copy(&self.args.handle, myself, self.args.core.set(), peers::Moved { id, with: to, key, birth, blocks }, guards);
+                peers::copy(
+                    &self.args.handle,
+                    myself,
+                    self.args.core.set(),
+                    peers::Moved { id, with: to, key, birth, blocks },
+                    guards,
+                );
             }
             ReplicaCommand::Fetch { id, from, key, birth, blocks } => {
-                peers::fetch(&self.args.handle, myself, self.args.core.set(), peers::Moved { id, with: from, key, birth, blocks });
+                peers::fetch(
+                    &self.args.handle,
+                    myself,
+                    self.args.core.set(),
+                    peers::Moved { id, with: from, key, birth, blocks },
+                );
             }
             ReplicaCommand::Propose(change) => {
                 peers::propose(&self.args.handle, myself, self.args.core.id(), self.args.core.set(), change);

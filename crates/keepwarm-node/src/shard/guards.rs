@@ -72,7 +72,9 @@ impl Guards {
                 let instances = grant.manifest.instances();
                 instances.map(|block| self.share(block.instance, grant.manifest.birth)).collect()
             }
-            Answer::Plan(plan) => plan.tail.iter().map(|tail| self.share(tail.instance, plan.birth)).collect(),
+            Answer::Plan(plan) => {
+                plan.tail.iter().map(|tail| self.share(tail.instance, plan.birth)).collect()
+            }
             _ => Ok(Vec::new()),
         }
     }

@@ -17,4 +17,4 @@ mod message;
 mod peers;
 
 pub(crate) use actor::{ShardActor, ShardArgs};
-pub(crate) use message::{Answered, Ask, ShardMsg};
+pub(crate) use message::{Answered, Ask, ShardFigures, ShardMsg};

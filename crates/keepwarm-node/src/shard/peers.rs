@@ -90,8 +90,7 @@ pub(super) fn fetch(handle: &Handle, to: &ActorRef<ShardMsg>, set: &Arc<ReplicaS
     let Some(cluster) = handle.cluster_link() else { return };
     let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
     tokio::spawn(async move {
-        let pulled =
-            cluster.pull(&moved.with, set.generation, &moved.key, moved.birth, moved.blocks).await;
+        let pulled = cluster.pull(&moved.with, set.generation, &moved.key, moved.birth, moved.blocks).await;
         let _ = to.cast(ShardMsg::Copied(moved.id, pulled));
     });
 }

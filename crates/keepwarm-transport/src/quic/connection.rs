@@ -78,7 +78,8 @@ fn check(shared: &Shared, connection: &Connection, said: &Hello) -> Result<PeerI
     }
     if !shared.tls.loopback_only() {
         let identity = connection.peer_identity().ok_or("it has shown no certificate")?;
-        let chain = identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| "its certificate is none")?;
+        let chain =
+            identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| "its certificate is none")?;
         let named = shared.tls.named(chain.first().ok_or("it has shown no certificate")?)?;
         if named != said.node {
             return Err(format!("it says it is node '{}', and its certificate '{named}'", said.node));
@@ -92,7 +93,10 @@ fn check(shared: &Shared, connection: &Connection, said: &Hello) -> Result<PeerI
     if let Some(up) = &peer.up
         && up.id.incarnation > id.incarnation
     {
-        return Err(format!("a later start of node '{}' is connected: two processes have this name", id.node));
+        return Err(format!(
+            "a later start of node '{}' is connected: two processes have this name",
+            id.node
+        ));
     }
     Ok(id)
 }
@@ -131,12 +135,16 @@ pub(super) async fn dial(shared: &Shared, node: &NodeName, address: &str) -> Res
     let found = tokio::net::lookup_host(address).await.map_err(|error| format!("{address}: {error}"))?;
     let here = shared.settings.listen;
     let fits = |to: &SocketAddr| to.is_ipv4() == here.is_ipv4();
-    let to = found.into_iter().find(fits).ok_or_else(|| format!("{address} has no address of this node's kind"))?;
+    let to = found
+        .into_iter()
+        .find(fits)
+        .ok_or_else(|| format!("{address} has no address of this node's kind"))?;
     if shared.tls.loopback_only() && !to.ip().is_loopback() {
         return Err(format!("{to} is beyond loopback: name certificates in [tls]"));
     }
     let config = shared.client_config(to)?;
-    let connecting = shared.endpoint.connect_with(config, to, "keepwarm").map_err(|error| error.to_string())?;
+    let connecting =
+        shared.endpoint.connect_with(config, to, "keepwarm").map_err(|error| error.to_string())?;
     let connection = connecting.await.map_err(|error| error.to_string())?;
     let (mut send, mut receive) = connection.open_bi().await.map_err(|error| error.to_string())?;
     let bytes = encode_frame(&hello(shared).frame()).map_err(|error| error.to_string())?;

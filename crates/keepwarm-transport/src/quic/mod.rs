@@ -145,8 +145,9 @@ impl QuicTransport {
         let largest = if settings.listen.ip().is_loopback() { LOOPBACK_DATAGRAM } else { FOUND_DATAGRAM_MAX };
         let mut config = EndpointConfig::default();
         config.max_udp_payload_size(largest).map_err(|error| QuicError::Tls(error.to_string()))?;
-        let endpoint = Endpoint::new_with_abstract_socket(config, None, Capped::new(socket, largest), runtime)
-            .map_err(bind)?;
+        let endpoint =
+            Endpoint::new_with_abstract_socket(config, None, Capped::new(socket, largest), runtime)
+                .map_err(bind)?;
         let (send, receive) = mpsc::channel(INCOMING_MAX);
         let shared = Arc::new(Shared { settings, tls, endpoint, incoming: send, peers: Mutex::default() });
         shared.serve_with_present_certificates()?;
@@ -160,6 +161,15 @@ impl QuicTransport {
     /// What the system says.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.shared.endpoint.local_addr()
+    }
+
+    /// SHA-256 of the certificate in force; zeros where there is none.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        if self.shared.tls.loopback_only() {
+            return [0; 32];
+        }
+        self.shared.tls.fingerprint()
     }
 
     /// Reads the certificates again; connections that are made from now on use them.
@@ -182,7 +192,8 @@ impl Shared {
     fn serve_with_present_certificates(&self) -> Result<(), QuicError> {
         let failed = |error: &dyn std::fmt::Display| QuicError::Tls(error.to_string());
         let server = self.tls.server().map_err(|error| failed(&error))?;
-        let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).map_err(|error| failed(&error))?;
+        let server =
+            quinn::crypto::rustls::QuicServerConfig::try_from(server).map_err(|error| failed(&error))?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(server));
         config.transport_config(Arc::new(transport(self.settings.listen.ip().is_loopback())));
         self.endpoint.set_server_config(Some(config));
@@ -258,7 +269,12 @@ impl Transport for QuicTransport {
         })
     }
 
-    fn open(&self, to: &NodeName, class: Class, header: Frame) -> BoxFuture<'_, Result<ByteStream, LinkError>> {
+    fn open(
+        &self,
+        to: &NodeName,
+        class: Class,
+        header: Frame,
+    ) -> BoxFuture<'_, Result<ByteStream, LinkError>> {
         let up = self.shared.up(to);
         Box::pin(async move {
             let (up, counts) = up?;
@@ -333,7 +349,8 @@ async fn dial(shared: Arc<Shared>, node: NodeName, address: String) {
     let mut backoff = BACKOFF_MIN;
     loop {
         let began = Instant::now();
-        let why = match tokio::time::timeout(DIAL_DEADLINE, connection::dial(&shared, &node, &address)).await {
+        let why = match tokio::time::timeout(DIAL_DEADLINE, connection::dial(&shared, &node, &address)).await
+        {
             Ok(Ok(up)) => {
                 backoff = BACKOFF_MIN;
                 connection::run(&shared, up).await
@@ -355,4 +372,3 @@ async fn dial(shared: Arc<Shared>, node: NodeName, address: String) {
         backoff = if began.elapsed() > BACKOFF_MAX { BACKOFF_MIN } else { (backoff * 2).min(BACKOFF_MAX) };
     }
 }
-
