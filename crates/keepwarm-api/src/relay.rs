@@ -103,8 +103,22 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
             Whereabouts::Here => return next.run(Request::from_parts(parts, body)).await,
             Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
             Whereabouts::At(node) => match state.handle.relay(&node, &relayed).await {
+                Ok(stream) if matches!(parts.method, Method::GET | Method::HEAD) => {
+                    // Asked twice it does no harm: what breaks off goes to the next owner.
+                    let mut again = Request::new(Body::empty());
+                    again.method_mut().clone_from(&parts.method);
+                    again.uri_mut().clone_from(&parts.uri);
+                    again.headers_mut().clone_from(&parts.headers);
+                    match forward(&state.handle, &node, stream, again).await {
+                        Ok(response) => return response,
+                        Err(error) => error,
+                    }
+                }
                 Ok(stream) => {
-                    return forward(&state.handle, node, stream, Request::from_parts(parts, body)).await;
+                    let request = Request::from_parts(parts, body);
+                    let answer = forward(&state.handle, &node, stream, request).await;
+                    return answer
+                        .unwrap_or_else(|error| Problem::new("outcome_unknown", error).into_response());
                 }
                 Err(error) => error.to_string(),
             },
@@ -201,25 +215,17 @@ fn percent_decoded(text: &str) -> String {
 }
 
 /// Sends the request and gives the owner's answer. From the first byte on the outcome of a change is what the owner
-/// says, or unknown.
+/// says, or unknown; the error says what broke.
 //= GUARANTEES.md#G3
 async fn forward(
     handle: &Handle,
-    node: NodeName,
+    node: &NodeName,
     stream: keepwarm_node::RelayStream,
     mut request: Request,
-) -> Response {
-    let safe = matches!(*request.method(), Method::GET | Method::HEAD);
+) -> Result<Response, String> {
     let broke = |error: &dyn std::fmt::Display| {
         tracing::debug!(%node, %error, "a relayed request broke off");
-        if safe {
-            Problem::from(keepwarm_node::Error::Unavailable {
-                reason: format!("node '{node}', which owns the session, went away"),
-                retry_after: keepwarm_types::Millis(300),
-            })
-        } else {
-            Problem::new("outcome_unknown", format!("node '{node}', which owns the session, went away"))
-        }
+        format!("node '{node}', which owns the session, went away")
     };
     if let Some(path) = request.uri().path_and_query().cloned() {
         *request.uri_mut() = Uri::from(path);
@@ -231,16 +237,16 @@ async fn forward(
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = match handshake {
         Ok(opened) => opened,
-        Err(error) => return broke(&error).into_response(),
+        Err(error) => return Err(broke(&error)),
     };
     let driven = tokio::spawn(connection);
     let answer = tokio::time::timeout(HEAD_WAIT, sender.send_request(request)).await;
     let response = match answer {
         Ok(Ok(response)) => response,
-        Ok(Err(error)) => return broke(&error).into_response(),
+        Ok(Err(error)) => return Err(broke(&error)),
         Err(_) => {
             driven.abort();
-            return broke(&format!("no answer within {} s", HEAD_WAIT.as_secs())).into_response();
+            return Err(broke(&format!("no answer within {} s", HEAD_WAIT.as_secs())));
         }
     };
     let (mut parts, body) = response.into_parts();
@@ -250,7 +256,7 @@ async fn forward(
         parts.headers.insert("keepwarm-owner", value);
     }
     handle.metrics().relayed();
-    Response::from_parts(parts, Body::new(body))
+    Ok(Response::from_parts(parts, Body::new(body)))
 }
 
 /// Asks another node in a client's name; the answer's JSON, if it gave one.
@@ -266,7 +272,8 @@ pub(crate) async fn ask(
     let stream = state.handle.relay(node, &relayed).await?;
     let request = Request::builder().method(method).uri(path).body(Body::empty());
     let request = request.map_err(|error| Problem::new("internal", error.to_string()))?;
-    let response = forward(&state.handle, node.clone(), stream, request).await;
+    let response = forward(&state.handle, node, stream, request).await;
+    let response = response.map_err(|error| Problem::new("unavailable", error))?;
     let status = response.status();
     let bytes = collect(response.into_body(), JSON_BYTES_MAX).await?;
     let value: serde_json::Value = serde_json::from_slice(&bytes)

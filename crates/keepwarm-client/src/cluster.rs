@@ -90,10 +90,12 @@ pub struct Node {
     /// Where it answers.
     pub http: String,
     /// Its GPUs.
+    #[serde(default)]
     pub gpus: Vec<Gpu>,
     /// Its pinned memory.
-    pub pinned: Pinned,
+    pub pinned: Option<Pinned>,
     /// Whether stopping it now would cost no needed copy.
+    #[serde(default)]
     pub safe_to_stop: bool,
     /// What speaks against it.
     #[serde(default)]

@@ -183,6 +183,9 @@ pub trait Transport: Send + Sync + 'static {
     /// All other nodes and where they are; names are resolved again at each try.
     fn set_peers(&self, peers: Vec<(NodeName, String)>);
 
+    /// Ends the connection to a peer that is known to be gone, so that nobody waits for it; it is dialled again.
+    fn disconnect(&self, node: &NodeName);
+
     /// What the links show now.
     fn peers(&self) -> Vec<PeerStatus>;
 

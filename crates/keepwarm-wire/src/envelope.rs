@@ -245,3 +245,48 @@ impl ArchivedWireSpan {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A frame around this message, whatever it holds.
+    fn sent(message: WireMessage) -> Frame {
+        let member = || WireMember::new_unchecked("n1", 1);
+        let set = WireSet::new(&ReplicaSet {
+            generation: Generation(1),
+            replicas: Vec::new(),
+            learner: None,
+            lost_at: None,
+        });
+        let wire = WireEnvelope { shard: 1, from: member(), to: member(), set: set.unwrap(), message };
+        seal(kinds::ENVELOPE, "envelope", &wire, 0, ENVELOPE_BYTES_MAX).unwrap()
+    }
+
+    fn refused(message: WireMessage) -> String {
+        decode(&sent(message), &LayoutCache::new()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_peer_that_sends_too_much_is_refused() {
+        let key = || WireKey::new_unchecked("t", [0; 16]);
+        let keys = || (0..=KEYS_MAX).map(|_| key()).collect();
+        let too_many = "1025 are more than the 1024 that a frame may hold";
+        let compared = WireMessage::Compared { id: 1, differing: Vec::new(), lacking: keys() };
+        assert_eq!(refused(compared), format!("compared.lacking: {too_many}"));
+        let stamp = || Stamp::default().into();
+        let heads = (0..=KEYS_MAX).map(|_| WireHead { key: key(), stamp: stamp() }).collect();
+        assert_eq!(refused(WireMessage::Committed(heads)), format!("committed: {too_many}"));
+    }
+
+    #[test]
+    fn a_peer_that_sends_no_names_is_refused() {
+        let long = "x".repeat(1 << 20);
+        let text = refused(WireMessage::NeedWhole { key: WireKey::new_unchecked(&long, [0; 16]) });
+        assert_eq!(text, "key.tenant: 1048576 are more than the 64 that a frame may hold");
+        let text = refused(WireMessage::NeedWhole { key: WireKey::new_unchecked("a/b", [0; 16]) });
+        assert!(text.starts_with("key.tenant: 'a/b' is not a name"), "{text}");
+        let text = refused(WireMessage::NeedWhole { key: WireKey::new_unchecked("t", [0; 16]) });
+        assert!(text.starts_with("key.id: '00000000-"), "{text}");
+    }
+}

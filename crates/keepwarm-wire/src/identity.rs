@@ -53,6 +53,22 @@ impl From<&Member> for WireMember {
     }
 }
 
+#[cfg(test)]
+impl WireKey {
+    /// What no honest peer sends.
+    pub(crate) fn new_unchecked(tenant: &str, id: [u8; 16]) -> Self {
+        Self { tenant: tenant.to_owned(), id }
+    }
+}
+
+#[cfg(test)]
+impl WireMember {
+    /// What no honest peer sends.
+    pub(crate) fn new_unchecked(node: &str, incarnation: u64) -> Self {
+        Self { node: node.to_owned(), incarnation }
+    }
+}
+
 impl WireSet {
     pub(crate) fn new(set: &ReplicaSet) -> Result<Self, TooLong> {
         within("set.replicas", set.replicas.len(), REPLICAS_MAX)?;

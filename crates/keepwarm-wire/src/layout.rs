@@ -175,3 +175,52 @@ impl ArchivedWirePlanes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::{Opened, seal};
+
+    fn wire(model: &str) -> WireLayout {
+        let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };
+        WireLayout::new(&Layout::new(model, "f", vec![part]).unwrap()).unwrap()
+    }
+
+    fn read(wire: &WireLayout, cache: &LayoutCache) -> Result<Arc<Layout>, DecodeError> {
+        let frame = seal(1, "layout", wire, 0, 1 << 20).unwrap();
+        Opened::new(&frame, 1, "layout", 1 << 20)?.root::<ArchivedWireLayout>()?.read(cache)
+    }
+
+    #[test]
+    fn a_hash_is_not_believed_even_where_it_is_known() {
+        let cache = LayoutCache::new();
+        let known = read(&wire("a"), &cache).unwrap();
+        let forged = WireLayout { hash: known.hash().0, ..wire("b") };
+        let text = read(&forged, &cache).unwrap_err().to_string();
+        assert!(text.starts_with("layout.hash: says "), "{text}");
+        assert!(Arc::ptr_eq(&read(&wire("a"), &cache).unwrap(), &known));
+    }
+
+    #[test]
+    fn what_the_layout_refuses_is_refused_with_its_field() {
+        let none = WireLayout { parts: Vec::new(), ..wire("a") };
+        let text = read(&none, &LayoutCache::new()).unwrap_err().to_string();
+        assert_eq!(text, "layout: layout.parts: must have 1 to 128 parts, has 0");
+        let part = || WirePart { name: "kv".to_owned(), form: WireForm::Snapshot { bytes: 1 } };
+        let many = WireLayout { parts: (0..=PARTS_MAX).map(|_| part()).collect(), ..wire("a") };
+        let text = read(&many, &LayoutCache::new()).unwrap_err().to_string();
+        assert_eq!(text, "layout.parts: 129 are more than the 128 that a frame may hold");
+        let long = WireLayout { fingerprint: "f".repeat(LAYOUT_TEXT_MAX + 1), ..wire("a") };
+        let text = read(&long, &LayoutCache::new()).unwrap_err().to_string();
+        assert_eq!(text, "layout.fingerprint: 257 are more than the 256 that a frame may hold");
+    }
+
+    #[test]
+    fn the_cache_is_bounded() {
+        let cache = LayoutCache::new();
+        for model in 0..LAYOUTS_MAX.get() + 10 {
+            read(&wire(&model.to_string()), &cache).unwrap();
+        }
+        assert_eq!(cache.layouts.lock().unwrap().len(), LAYOUTS_MAX.get());
+    }
+}

@@ -1,4 +1,7 @@
-//! How much of anything a frame may hold. Both sides keep the same limits: what is encoded is never refused for its size.
+//! How much of anything a frame may hold.
+//!
+//! Both sides keep the same limits on how many of a thing there are and how long it is: what is encoded is never
+//! refused for that. How far a counter has counted is looked at by the reader.
 
 use keepwarm_core::registry::REPLICAS_MAX;
 use keepwarm_core::session::{LABEL_BYTES_MAX, LABELS_MAX, PARTS_MAX};

@@ -26,7 +26,7 @@ pub(crate) struct WirePrepare {
 /// A record of the prepare's own key, which is therefore not sent again.
 #[derive(Archive, Serialize)]
 enum WireRecord {
-    Manifest(WireManifest, WireChange),
+    Manifest(Box<WireManifest>, WireChange),
     Tombstone(WireTombstone),
     Forget,
     Drop { birth: u64 },
@@ -49,20 +49,21 @@ pub(crate) struct WireInstall {
 
 #[derive(Archive, Serialize)]
 enum WireContent {
-    Live(WireManifest, WireDelta),
+    Live(Box<WireManifest>, WireDelta),
     Ended(WireTombstone),
     Absent,
 }
 
 impl WirePrepare {
     pub(crate) fn new(prepare: &Prepare) -> Result<Self, TooLong> {
+        debug_assert_eq!(prepare.record.key(), &prepare.key, "a change is of one session");
         Ok(Self {
             key: (&prepare.key).into(),
             previous: prepare.previous.map(WireStamp::from),
             stamp: prepare.stamp.into(),
             record: match &prepare.record {
                 Record::Manifest(manifest, change) => {
-                    WireRecord::Manifest(WireManifest::new(manifest)?, WireChange::new(change)?)
+                    WireRecord::Manifest(Box::new(WireManifest::new(manifest)?), WireChange::new(change)?)
                 }
                 Record::Tombstone { birth, revision, at, expired, stamp, .. } => {
                     let (birth, revision) = (*birth, *revision);
@@ -92,7 +93,7 @@ impl WireInstall {
             key: (&install.key).into(),
             content: match &install.content {
                 Content::Live(manifest, transcript) => {
-                    WireContent::Live(WireManifest::new(manifest)?, WireDelta::new(transcript)?)
+                    WireContent::Live(Box::new(WireManifest::new(manifest)?), WireDelta::new(transcript)?)
                 }
                 Content::Ended(grave) => WireContent::Ended(grave.into()),
                 Content::Absent => WireContent::Absent,

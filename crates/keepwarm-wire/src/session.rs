@@ -102,10 +102,6 @@ impl WireManifest {
         within("manifest.branches", m.branches.len(), WIRE_BRANCHES_MAX)?;
         within("manifest.holders", m.holders.len(), HOLDERS_MAX)?;
         within("manifest.writes", m.writes.len(), WRITE_IDS_KEPT)?;
-        let label = |(name, value): (&Box<str>, &Box<str>)| WireLabel {
-            name: name.to_string(),
-            value: value.to_string(),
-        };
         Ok(Self {
             key: (&m.key).into(),
             birth: m.birth.get(),
@@ -115,7 +111,11 @@ impl WireManifest {
                 Protect::Forever => WireProtect::Forever,
             },
             ttl_ms: m.ttl.map(|ttl| ttl.0),
-            labels: m.labels.iter().map(label).collect(),
+            labels: m
+                .labels
+                .iter()
+                .map(|(name, value)| WireLabel { name: name.to_string(), value: value.to_string() })
+                .collect(),
             stamp: m.stamp.into(),
             revision: m.revision.0,
             placement_seq: m.placement_seq.0,
@@ -327,5 +327,104 @@ impl ArchivedWireWrite {
             length_tokens: Tokens(counter("manifest.writes.length_tokens", self.length_tokens.to_native())?),
             length: Bytes(counter("manifest.writes.length", self.length.to_native())?),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keepwarm_core::session::{LABELS_MAX, Part};
+
+    use super::*;
+    use crate::archive::{Opened, seal};
+
+    fn wire() -> WireManifest {
+        let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 16 } };
+        let stamp = || WireStamp::from(keepwarm_core::session::Stamp::default());
+        WireManifest {
+            key: WireKey::new_unchecked("t", 0x4000_u128.rotate_left(64).to_be_bytes()),
+            birth: 1,
+            layout: WireLayout::new(&Layout::new("m", "f", vec![part]).unwrap()).unwrap(),
+            protect: WireProtect::Forever,
+            ttl_ms: None,
+            labels: Vec::new(),
+            stamp: stamp(),
+            revision: 1,
+            placement_seq: 0,
+            length_tokens: 0,
+            parts: vec![WirePartState { blocks: Vec::new(), first_block: 0, length: 0, digest: None }],
+            transcript_tokens: 0,
+            transcript_messages: 0,
+            transcript_revision: 0,
+            parent: None,
+            branches: Vec::new(),
+            state: WireState::Warm,
+            holders: Vec::new(),
+            writes: Vec::new(),
+            created_at: 0,
+            last_used_at: 0,
+        }
+    }
+
+    /// What reading says of this manifest; nothing where it takes it.
+    fn read(change: impl FnOnce(&mut WireManifest)) -> String {
+        let mut wire = wire();
+        change(&mut wire);
+        let frame = seal(1, "manifest", &wire, 0, 64 << 20).unwrap();
+        let opened = Opened::new(&frame, 1, "manifest", 64 << 20).unwrap();
+        let root = opened.root::<ArchivedWireManifest>().unwrap();
+        root.read(&LayoutCache::new(), &[]).map_or_else(|error| error.to_string(), |_| String::new())
+    }
+
+    fn label(name: usize) -> WireLabel {
+        WireLabel { name: name.to_string(), value: String::new() }
+    }
+
+    fn more(what: &str, count: u64, limit: u64) -> String {
+        format!("{what}: {count} are more than the {limit} that a frame may hold")
+    }
+
+    #[test]
+    fn a_peer_that_names_too_much_is_refused() {
+        assert_eq!(read(|_| ()), "");
+        let block = || WireBlock { instance: 0, checksum: [0; 2], length: 1 };
+        let blocks = MANIFEST_BLOCKS_MAX + 1;
+        assert_eq!(
+            read(|wire| wire.parts[0].blocks = (0..blocks).map(|_| block()).collect()),
+            more("manifest.blocks", 524_289, 524_288)
+        );
+        assert_eq!(
+            read(|wire| wire.labels = (0..=LABELS_MAX).map(label).collect()),
+            more("manifest.labels", 17, 16)
+        );
+        let long = || WireLabel { name: "x".repeat(129), value: String::new() };
+        assert_eq!(read(|wire| wire.labels = vec![long()]), more("manifest.labels.name", 129, 128));
+        assert_eq!(read(|wire| wire.branches = vec![[0; 16]; 10]), more("manifest.branches", 10, 9));
+        let holder = || WireMember::new_unchecked("n", 1);
+        assert_eq!(
+            read(|wire| wire.holders = (0..13).map(|_| holder()).collect()),
+            more("manifest.holders", 13, 12)
+        );
+        let write = || WireWrite { id: [0; 16], asked: 0, revision: 0, length_tokens: 0, length: 0 };
+        assert_eq!(
+            read(|wire| wire.writes = (0..5).map(|_| write()).collect()),
+            more("manifest.writes", 5, 4)
+        );
+    }
+
+    #[test]
+    fn a_peer_that_sends_what_cannot_be_is_refused() {
+        assert_eq!(
+            read(|wire| wire.labels = vec![label(1), label(1)]),
+            "manifest.labels: a name is there twice"
+        );
+        assert_eq!(
+            read(|wire| wire.birth = 1 << 50),
+            "manifest.birth: 1125899906842624 has more than 50 bits"
+        );
+        assert_eq!(read(|wire| wire.revision = u64::MAX), more("manifest.revision", u64::MAX, u64::MAX / 2));
+        assert_eq!(
+            read(|wire| wire.transcript_messages = u32::MAX),
+            more("manifest.transcript_messages", u32::MAX.into(), (u32::MAX / 2).into())
+        );
     }
 }

@@ -14,6 +14,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("keepwarm-config", &["keepwarm-types"]),
     ("keepwarm-catalog", &["keepwarm-types", "keepwarm-core"]),
     ("keepwarm-memory", &["keepwarm-types"]),
+    ("keepwarm-wire", &["keepwarm-types", "keepwarm-core"]),
+    ("keepwarm-transport", &["keepwarm-types", "keepwarm-wire"]),
     (
         "keepwarm-registry",
         &["keepwarm-types", "keepwarm-core", "keepwarm-wire", "keepwarm-catalog", "keepwarm-transport"],

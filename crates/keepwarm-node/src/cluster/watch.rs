@@ -17,6 +17,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(50);
 pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
     let mut map = cluster.map.clone();
     let mut told = 0;
+    let mut gone = std::collections::BTreeMap::new();
     loop {
         let registry = map.borrow_and_update().clone();
         for shard in registry.shards_since(told) {
@@ -26,6 +27,15 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
         }
         told = registry.version();
+        // Nobody needs to wait for a process that has failed.
+        for node in registry.nodes().iter().filter(|node| node.status == NodeStatus::Down) {
+            let name = &node.registration.node;
+            if *name != cluster.member().node
+                && gone.insert(name.clone(), node.incarnation) != Some(node.incarnation)
+            {
+                cluster.transport().disconnect(name);
+            }
+        }
         cluster.told.send_replace(Arc::clone(&registry));
         if let Some(why) = superseded(&cluster, &registry) {
             handle.fail(why);

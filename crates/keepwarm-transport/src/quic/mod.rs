@@ -312,6 +312,12 @@ impl Transport for QuicTransport {
         }
     }
 
+    fn disconnect(&self, node: &NodeName) {
+        if let Some(up) = self.shared.peers().get(node).and_then(|peer| peer.up.as_ref()) {
+            up.connection.close(VarInt::from_u32(5), b"taken for gone");
+        }
+    }
+
     fn peers(&self) -> Vec<PeerStatus> {
         let peers = self.shared.peers();
         let status = |(node, peer): (&NodeName, &Peer)| {

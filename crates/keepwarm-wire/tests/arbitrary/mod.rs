@@ -1,4 +1,5 @@
 //! Random envelopes, of every kind of message.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::sync::Arc;
 
@@ -34,11 +35,11 @@ fn session_id() -> impl Strategy<Value = SessionId> {
     })
 }
 
-pub fn key() -> impl Strategy<Value = SessionKey> {
+pub(crate) fn key() -> impl Strategy<Value = SessionKey> {
     (name(), session_id()).prop_map(|(tenant, id)| SessionKey::new(tenant.parse().unwrap(), id))
 }
 
-pub fn birth() -> impl Strategy<Value = Birth> {
+pub(crate) fn birth() -> impl Strategy<Value = Birth> {
     any::<u64>().prop_map(Birth::from_random)
 }
 
@@ -86,14 +87,14 @@ fn form() -> impl Strategy<Value = Form> {
     ]
 }
 
-pub fn layout() -> impl Strategy<Value = Arc<Layout>> {
+pub(crate) fn layout() -> impl Strategy<Value = Arc<Layout>> {
     ("\\PC{1,32}", "[ -~]{1,64}", btree_map(name(), form(), 1..5)).prop_map(|(model, fingerprint, parts)| {
         let part = |(name, form): (String, Form)| Part { name: name.parse().unwrap(), form };
         Arc::new(Layout::new(&model, &fingerprint, parts.into_iter().map(part).collect()).unwrap())
     })
 }
 
-pub fn block(block_bytes: u64) -> impl Strategy<Value = BlockRef> {
+pub(crate) fn block(block_bytes: u64) -> impl Strategy<Value = BlockRef> {
     let longest = u32::try_from(block_bytes).unwrap();
     (any::<u64>(), any::<[u64; 2]>(), 1..=longest).prop_map(|(instance, checksum, length)| BlockRef {
         instance: InstanceId(instance),
@@ -144,7 +145,7 @@ fn state() -> impl Strategy<Value = State> {
     ]
 }
 
-pub fn manifest(key: SessionKey) -> impl Strategy<Value = Manifest> {
+pub(crate) fn manifest(key: SessionKey) -> impl Strategy<Value = Manifest> {
     let parts = layout().prop_flat_map(|layout| {
         let states: Vec<_> = layout.parts().iter().map(|part| part_state(&part.form)).collect();
         (Just(layout), states)
@@ -265,7 +266,7 @@ fn span() -> impl Strategy<Value = Span> {
 }
 
 /// One strategy per kind of message.
-pub fn messages() -> Vec<BoxedStrategy<Message>> {
+pub(crate) fn messages() -> Vec<BoxedStrategy<Message>> {
     let heads = || vec((key(), stamp()), 0..20);
     let keys = || vec(key(), 0..20);
     vec![
@@ -294,7 +295,7 @@ pub fn messages() -> Vec<BoxedStrategy<Message>> {
 }
 
 /// An envelope around such a message.
-pub fn around(message: BoxedStrategy<Message>) -> BoxedStrategy<Envelope> {
+pub(crate) fn around(message: BoxedStrategy<Message>) -> BoxedStrategy<Envelope> {
     (0..65_536u32, member(), member(), set(), message)
         .prop_map(|(shard, from, to, set, message)| Envelope {
             shard: ShardId(shard),
@@ -307,6 +308,6 @@ pub fn around(message: BoxedStrategy<Message>) -> BoxedStrategy<Envelope> {
 }
 
 /// Any envelope.
-pub fn envelope() -> BoxedStrategy<Envelope> {
+pub(crate) fn envelope() -> BoxedStrategy<Envelope> {
     around(proptest::strategy::Union::new(messages()).boxed())
 }
