@@ -291,7 +291,7 @@ fn shown(event: &ReplicaEvent) -> Option<String> {
         ReplicaEvent::Tick => None,
         ReplicaEvent::Persisted(ticket) => Some(format!("persisted {}", ticket.0)),
         ReplicaEvent::PersistFailed(ticket, error, _) => Some(format!("not persisted {} {error:?}", ticket.0)),
-        other => Some(format!("{other:?}").chars().take(100).collect()),
+        other => Some(format!("{other:?}").chars().take(300).collect()),
     }
 }
 
