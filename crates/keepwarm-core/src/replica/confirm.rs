@@ -89,7 +89,7 @@ impl Replica {
             return None;
         }
         waiting.push_back(request);
-        office.sick.insert(key.clone());
+        office.sick.entry(key.clone()).or_default();
         self.heal_one(now, &key, out);
         None
     }
@@ -265,13 +265,11 @@ impl Replica {
         now: Timestamp,
         key: SessionKey,
         verb: Verb,
-        own: super::office::Own,
         out: &mut Vec<ReplicaCommand>,
     ) {
         let Part::Primary(office) = &mut self.part else { return };
         office.owned += 1;
         let id = RequestId(OWN | office.owned);
-        office.own.insert(id, own);
         self.drive(now, Event::Request(Request { id, key, verb }), None, out);
     }
 }

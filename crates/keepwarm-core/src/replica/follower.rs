@@ -366,6 +366,13 @@ impl Replica {
             shared.push(instance);
         }
         let named: HashSet<_> = manifest.instances().map(|block| block.instance).collect();
+        // One name is enough for what came though it was here.
+        let came = manifest.instances().map(|block| block.instance);
+        let twice = came.filter(|instance| had.contains(instance) && self.inbox.contains_key(instance));
+        let twice: Vec<_> = twice.collect();
+        if !twice.is_empty() {
+            out.push(release(twice));
+        }
         self.inbox.retain(|instance, _| !named.contains(instance));
         if !shared.is_empty() {
             out.push(retain(shared));

@@ -9,12 +9,12 @@ use super::change::Changing;
 use super::confirm::Rounds;
 use super::event::{CopyId, ReplicaCommand};
 use super::follower::{Copy, Follower, Head};
-use super::heal::CopyFor;
+use super::heal::{CopyFor, Sick};
 use super::state::{Part, Replica, release};
 use super::sweep::{Asked, Peer};
 use crate::registry::{Member, ReplicaSet};
 use crate::session::Stamp;
-use crate::shard::{Command, LeftPending, Refusal, Request, RequestId, Shard, ShardSettings, Ticket};
+use crate::shard::{Command, LeftPending, Refusal, Request, Shard, ShardSettings, Ticket};
 
 /// Requests that wait for one session to be settled or fetched.
 pub(super) const WAITING_MAX: usize = 64;
@@ -50,20 +50,11 @@ pub(super) struct Office {
     /// Bytes on their way.
     pub(super) copying: BTreeMap<CopyId, CopyFor>,
     /// Sessions with too few holders, or without bytes here.
-    pub(super) sick: BTreeSet<SessionKey>,
-    /// Own requests, and what each is for.
-    pub(super) own: BTreeMap<RequestId, Own>,
+    pub(super) sick: BTreeMap<SessionKey, Sick>,
+    /// Requests of the own shard so far.
     pub(super) owned: u64,
     /// When the learner's promotion was proposed.
     pub(super) proposed: Option<Timestamp>,
-}
-
-/// What a primary asks of its own shard.
-#[derive(Debug)]
-pub(super) enum Own {
-    /// These fetched instances have names that a placement was to take over.
-    Fetched(Vec<InstanceId>),
-    Other,
 }
 
 impl Office {
@@ -149,7 +140,7 @@ impl Replica {
         let sick = shard
             .sessions_after(None)
             .filter(|(_, manifest)| self.too_few(manifest))
-            .map(|(key, _)| key.clone())
+            .map(|(key, _)| (key.clone(), Sick::default()))
             .collect();
         let keys: Vec<_> = shard.sessions_after(None).map(|(key, _)| key.clone()).collect();
         self.part = Part::Primary(Office {
@@ -168,7 +159,6 @@ impl Replica {
             rounds: Rounds::default(),
             copying: BTreeMap::new(),
             sick,
-            own: BTreeMap::new(),
             owned: 0,
             proposed: None,
         });
@@ -212,9 +202,9 @@ impl Replica {
         let Part::Primary(office) = std::mem::replace(&mut self.part, empty) else { return };
         let moving = || Refusal::Moving("the session's owner has changed");
         let mut freed = Vec::new();
-        for own in office.own.into_values() {
-            if let Own::Fetched(instances) = own {
-                freed.extend(instances);
+        for (id, copy) in office.copying {
+            if let CopyFor::Fetch { blocks, .. } = copy {
+                self.unwanted.insert(id, blocks);
             }
         }
         let waiting = office.unsettled.into_values().chain(office.unfetched.into_values());

@@ -73,6 +73,8 @@ pub struct Replica {
     retries: Vec<(Timestamp, Saving, Vec<Record>)>,
     /// Bytes that came and that no manifest names yet, until when they are kept.
     pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
+    /// Bytes that were being fetched when the office ended: they go when they are there.
+    pub(super) unwanted: BTreeMap<CopyId, Vec<InstanceId>>,
 }
 
 impl Replica {
@@ -100,6 +102,7 @@ impl Replica {
             saving: BTreeMap::new(),
             retries: Vec::new(),
             inbox: BTreeMap::new(),
+            unwanted: BTreeMap::new(),
         }
     }
 
@@ -244,7 +247,13 @@ impl Replica {
                 self.persist_failed(now, ticket, error, records, &mut out);
             }
             ReplicaEvent::Arrived(instances) => {
-                self.inbox.extend(instances.into_iter().map(|instance| (instance, now + INBOX_TTL)));
+                let until = now + INBOX_TTL;
+                // What was there already has one name too many now.
+                let again = |instance: &InstanceId| self.inbox.insert(*instance, until).is_some();
+                let twice: Vec<_> = instances.into_iter().filter(again).collect();
+                if !twice.is_empty() {
+                    out.push(release(twice));
+                }
             }
             ReplicaEvent::Copied(id, result) => self.copied(now, id, result, &mut out),
             ReplicaEvent::RegistryConfirmed { round } => self.registry_confirmed(now, round, &mut out),
