@@ -17,11 +17,7 @@ const FILE: &str = "registry.redb";
 const DEADLINE: Duration = Duration::from_secs(20);
 
 fn settings() -> CatalogSettings {
-    CatalogSettings {
-        cluster: "test".to_owned(),
-        shards: ShardCount::new(4).unwrap(),
-        sync: Sync::Always,
-    }
+    CatalogSettings { cluster: "test".to_owned(), shards: ShardCount::new(4).unwrap(), sync: Sync::Always }
 }
 
 fn open(folder: &Path) -> Result<RaftLog, OpenError> {

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::propose::Tried;
-use crate::shared::Shared;
+use crate::shared::{Shared, wall};
 use crate::wire::{Answer, Request};
 
 /// Entries of one plan: a few milliseconds of the log.
@@ -26,8 +26,8 @@ const ENTRY_DEADLINE: Duration = Duration::from_secs(2);
 const REPORT_DEADLINE: Duration = Duration::from_millis(200);
 /// Reports on their way at once: one to a leader that does not answer must not hold up the next, to another.
 const SENDING_MAX: usize = 4;
-/// Half-done changes of the group are looked for this often.
-const JOINT_CHECK: Duration = Duration::from_secs(1);
+/// The group is compared with the spec this often.
+const GROUP_CHECK: Duration = Duration::from_secs(1);
 
 /// What a task of the leader came to.
 enum Outcome {
@@ -41,7 +41,7 @@ enum Outcome {
         incarnation: Incarnation,
         applied: bool,
     },
-    Joint,
+    Tended,
     Reported,
 }
 
@@ -62,7 +62,7 @@ impl Shared {
         let mut sending = 0;
         let mut turn = 0;
         let mut waiting: Option<HealthReport> = None;
-        let mut joint_at = Instant::now();
+        let mut group_at = Instant::now();
         loop {
             tokio::select! {
                 report = reports.recv() => match report {
@@ -97,10 +97,10 @@ impl Shared {
                             planning: false,
                         });
                         self.tick(leading, &mut tasks);
-                        if joint_at.elapsed() >= JOINT_CHECK {
-                            joint_at = Instant::now();
+                        if group_at.elapsed() >= GROUP_CHECK {
+                            group_at = Instant::now();
                             let shared = Arc::clone(&self);
-                            tasks.spawn(async move { shared.end_joint().await; Outcome::Joint });
+                            tasks.spawn(async move { shared.tend_group().await; Outcome::Tended });
                         }
                     }
                 }
@@ -124,13 +124,16 @@ impl Shared {
         for finding in leading.detector.on(self.now(), DetectorEvent::Tick(&registry)) {
             match finding {
                 Finding::Failed(entry) => self.declare(entry, tasks),
+                Finding::Overdue { node, incarnation } => {
+                    self.declare(Entry::GiveUp { node, incarnation, at: wall() }, tasks);
+                }
                 Finding::Isolated { accuser, accused } => {
                     tracing::warn!(%accuser, %accused, "one node alone does not hear another");
                     let entries = relieve(&registry, &accuser, &accused, PLAN_MAX);
                     let shared = Arc::clone(self);
                     tasks.spawn(async move {
                         shared.carry_out(entries).await;
-                        Outcome::Joint
+                        Outcome::Tended
                     });
                 }
             }
@@ -154,9 +157,17 @@ impl Shared {
     }
 
     fn declare(self: &Arc<Self>, entry: Entry, tasks: &mut JoinSet<Outcome>) {
-        let Entry::Down { node, incarnation, observers } = &entry else { return };
-        let (node, incarnation) = (node.clone(), *incarnation);
-        tracing::warn!(%node, %incarnation, ?observers, "a node has failed");
+        let (node, incarnation) = match &entry {
+            Entry::Down { node, incarnation, observers } => {
+                tracing::warn!(%node, %incarnation, ?observers, "a node has failed");
+                (node.clone(), *incarnation)
+            }
+            Entry::GiveUp { node, incarnation, .. } => {
+                tracing::warn!(%node, %incarnation, "a failed node's last copies are given up");
+                (node.clone(), *incarnation)
+            }
+            _ => return,
+        };
         let shared = Arc::clone(self);
         tasks.spawn(async move {
             let tried = shared.propose_here(entry, Instant::now() + ENTRY_DEADLINE).await;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::codec::domain::{RawEntry, RawResponse};
 use crate::log_store::LogStore;
-use crate::machine::{Machine, snapshot_bytes, registry_from};
+use crate::machine::{Machine, registry_from, snapshot_bytes};
 use crate::raft_types::{StorageError, TypeConfig};
 use crate::wire::{Answer, Request};
 

@@ -241,3 +241,40 @@ async fn a_killed_leader_and_owner_is_down_everywhere_soon() {
     println!("down everywhere after {:?}", killed.elapsed());
     reporting.abort();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_one_grows_to_three_and_changes_its_voters() {
+    let mut cluster = Cluster::new(1, 1);
+    let folders: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+    let start = async |cluster: &Cluster, n: u16| {
+        let (log, disk) = on_disk(folders[usize::from(n) - 1].path());
+        cluster.start(n, disk, false, log).await
+    };
+    let votes = async |cluster: &Cluster, n: u16| {
+        let mut standing = cluster.handle(n).standing();
+        let found = tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter)).await;
+        found.expect("no voter in time").unwrap();
+    };
+    assert_eq!(start(&cluster, 1).await.propose(spec(1), LONG).await, Ok(Response::Done));
+    cluster.kill(1).await;
+    (cluster.voters, cluster.nodes) = ((1..=3).map(name).collect(), (1..=4).map(name).collect());
+    for n in 1..=4 {
+        start(&cluster, n).await;
+    }
+    votes(&cluster, 2).await;
+    votes(&cluster, 3).await;
+    seen(&cluster.handle(4), |registry| registry.spec().0 == 1).await;
+    // Node 4 shall vote instead of node 1: each is restarted with the new spec.
+    cluster.voters = (2..=4).map(name).collect();
+    for n in 1..=4 {
+        cluster.kill(n).await;
+        start(&cluster, n).await;
+    }
+    votes(&cluster, 4).await;
+    cluster.kill(1).await;
+    assert_eq!(cluster.handle(4).propose(spec(2), LONG).await, Ok(Response::Done));
+    let leader = cluster.leader().await;
+    cluster.kill(leader).await;
+    let next = cluster.leader().await;
+    assert_eq!(cluster.handle(next).propose(spec(3), LONG).await, Ok(Response::Done), "two of 2, 3 and 4");
+}

@@ -19,6 +19,10 @@ pub const ASSIGN_MAX: usize = 8192;
 /// A primary moves only where that leaves both with shares that differ by less than before.
 const PRIMARIES_SLACK: usize = 1;
 
+/// A node gets more only while another has more than this many times as much: groups of few nodes are worth more
+/// than equal shares.
+const SHARE_RATIO: usize = 2;
+
 struct Storing<'a> {
     place: Place,
     name: &'a NodeName,
@@ -54,7 +58,52 @@ pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
             entries.push(Entry::Change { shard, generation: set.generation, change });
         }
     }
+    if entries.is_empty() { share(registry, &mut nodes, size, limit) } else { entries }
+}
+
+/// A node that has far less than others, because it is new, begins to copy some of their shards; when it has them,
+/// the set is one too large and whoever has most leaves.
+fn share(
+    registry: &Registry,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    size: usize,
+    limit: usize,
+) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    let mut least = least_of(nodes);
+    for (shard, set) in registry.sets.iter() {
+        let Some(bar) = least.filter(|_| entries.len() < limit).map(|least| SHARE_RATIO * (least + 1)) else {
+            break;
+        };
+        let stays = |place: Place| nodes.get(&place).is_some_and(|node| !node.draining);
+        let settled = set.learner().is_none() && set.len() == size && set.members().all(stays);
+        let Some(from) = set.members().filter(|_| settled).max_by_key(|place| nodes[place].replicas) else {
+            continue;
+        };
+        if nodes[&from].replicas <= bar {
+            continue;
+        }
+        let Some(to) = best_learner(set, nodes) else { continue };
+        if nodes[&from].replicas <= SHARE_RATIO * (nodes[&to].replicas + 1) {
+            continue;
+        }
+        if let Some(node) = nodes.get_mut(&from) {
+            node.replicas -= 1;
+        }
+        if let Some(node) = nodes.get_mut(&to) {
+            (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
+            let change = Change::AddLearner(node.name.clone());
+            entries.push(Entry::Change { shard, generation: set.generation, change });
+        }
+        least = least_of(nodes);
+    }
     entries
+}
+
+/// The fewest replicas of a node that could take more.
+fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
+    let takes = nodes.values().filter(|node| !node.draining && node.learning < LEARNERS_MAX);
+    takes.map(|node| node.replicas).min()
 }
 
 /// Shards that `accuser` leads and `accused` is a replica of get another primary, `limit` of them at most: he alone
@@ -144,13 +193,23 @@ fn next(
     } else if set.len() > replication.max(1) && (staying < set.len() || set.len() > size) {
         // Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
         let draining = set.members().rev().find(|place| !stays(place));
-        let surplus = set.members().last().filter(|_| set.len() > size);
+        let surplus = surplus(set, nodes).filter(|_| set.len() > size);
         let node = nodes.get_mut(&draining.or(surplus)?)?;
         node.replicas -= 1;
         node.primaries -= usize::from(node.place == primary);
         return Some(Change::Remove { node: node.name.clone(), observers: Vec::new() });
     }
     better_primary(set, primary, nodes)
+}
+
+/// Who leaves a set that is too large: one whose zone is there twice, then who has most, then the last.
+fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
+    let zone = |place: Place| nodes.get(&place).map(|node| node.zone);
+    let twice = |place: Place| set.members().filter(|other| zone(*other) == zone(place)).count() > 1;
+    set.members()
+        .enumerate()
+        .max_by_key(|(at, place)| (twice(*place), nodes.get(place).map_or(0, |node| node.replicas), *at))
+        .map(|(_, place)| place)
 }
 
 /// Who has least of the nodes that could join the set, one of another zone first.

@@ -158,3 +158,25 @@ fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused
     assert_eq!(relieve(&registry, &name(1), &name(3), 2).len(), 2);
     assert_eq!(moved.set(ShardId(0)).unwrap().replicas.len(), 3);
 }
+
+#[test]
+fn a_last_copy_that_is_down_for_too_long_is_given_up_once_and_only_if_that_is_wanted() {
+    let mut registry = cluster(2, 4, 1);
+    down(&mut registry, 1, &[2]);
+    down(&mut registry, 2, &[]);
+    let settings = DetectorSettings { give_up_after: Some(Millis(60_000)), ..DetectorSettings::default() };
+    let mut impatient = Detector::new(settings, Timestamp(0));
+    assert_eq!(tick(&mut impatient, 10, &registry), []);
+    assert_eq!(tick(&mut impatient, 60_009, &registry), []);
+    let (node, incarnation) = (name(2), incarnation(&registry, 2));
+    let overdue = Finding::Overdue { node: node.clone(), incarnation };
+    let only = [overdue];
+    assert_eq!(tick(&mut impatient, 60_010, &registry), only, "the other one has no last copy");
+    assert_eq!(tick(&mut impatient, 60_020, &registry), []);
+    impatient.on(Timestamp(60_030), DetectorEvent::NotApplied { node, incarnation });
+    assert_eq!(tick(&mut impatient, 60_040, &registry), []);
+    assert_eq!(tick(&mut impatient, 120_040, &registry), only);
+    let mut patient = detector();
+    tick(&mut patient, 10, &registry);
+    assert_eq!(tick(&mut patient, u64::MAX - 1, &registry), []);
+}
