@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use keepwarm_types::NodeName;
 use openraft::error::{ClientWriteError, RaftError};
-use openraft::{ChangeMembers, Membership, ServerState};
+use openraft::{ChangeMembers, Membership};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -226,13 +226,14 @@ impl Shared {
                 self.standing.send_replace(Standing::Failed { why });
                 return;
             }
-            let standing = match now.state {
-                _ if votes(&now, self.id) => Some(Standing::Voter),
-                ServerState::Learner if in_group(&now, self.id) => Some(Standing::Learner),
-                _ if now.membership_config.membership().nodes().next().is_some() => {
-                    Some(Standing::Waiting { why: "the group goes on without this node".to_owned() })
-                }
-                _ => None,
+            let group = now.membership_config.membership();
+            let standing = if counts(&now, self.id) {
+                Some(Standing::Voter)
+            } else if in_group(&now, self.id) {
+                Some(Standing::Learner)
+            } else {
+                let elsewhere = group.nodes().next().is_some();
+                elsewhere.then(|| Standing::Waiting { why: "the group goes on without this node".to_owned() })
             };
             if let Some(standing) = standing {
                 self.standing.send_if_modified(|known| {
@@ -272,6 +273,12 @@ fn next_step(group: &Membership<u64, RaftPeer>, spec: &[NodeName]) -> Option<Cha
 
 fn votes(metrics: &Metrics, id: u64) -> bool {
     metrics.membership_config.membership().voter_ids().any(|voter| voter == id)
+}
+
+/// Whether its vote counts whatever becomes of a change that is under way.
+fn counts(metrics: &Metrics, id: u64) -> bool {
+    let configs = metrics.membership_config.membership().get_joint_config();
+    !configs.is_empty() && configs.iter().all(|config| config.contains(&id))
 }
 
 fn in_group(metrics: &Metrics, id: u64) -> bool {

@@ -56,10 +56,6 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn metrics(&self) -> Option<Metrics> {
-        self.raft.as_ref().map(|raft| raft.metrics().borrow().clone())
-    }
-
     /// Whether this node leads, as far as it knows.
     pub(crate) fn leads(&self) -> bool {
         let Some(raft) = &self.raft else { return false };

@@ -252,8 +252,9 @@ async fn a_cluster_of_one_grows_to_three_and_changes_its_voters() {
     };
     let votes = async |cluster: &Cluster, n: u16| {
         let mut standing = cluster.handle(n).standing();
-        let found = tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter)).await;
-        found.expect("no voter in time").unwrap();
+        let found =
+            tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter)).await;
+        assert!(found.is_ok(), "{n} does not vote in time: {:?}", cluster.handle(n).standing().borrow());
     };
     assert_eq!(start(&cluster, 1).await.propose(spec(1), LONG).await, Ok(Response::Done));
     cluster.kill(1).await;
