@@ -3,11 +3,12 @@
 //! The loop runs on every voter and acts only while that leads. One plan at a time: the next is made when all entries
 //! of the one before have been answered, and only if something has changed since.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use keepwarm_core::registry::{
-    Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan, relieve,
+    Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan_apart,
 };
 use keepwarm_types::{Incarnation, NodeName};
 use tokio::sync::mpsc;
@@ -48,8 +49,8 @@ enum Outcome {
 /// The loop's state while this node leads.
 struct Leading {
     detector: Detector,
-    /// At which version nothing was left to do.
-    settled_at: Option<u64>,
+    /// What the last plan was made for: a version, and who does not hear whom.
+    planned_for: Option<(u64, BTreeSet<(NodeName, NodeName)>)>,
     planning: bool,
 }
 
@@ -80,7 +81,7 @@ impl Shared {
                     (Ok(Outcome::Reported), _) => sending -= 1,
                     (Ok(Outcome::Planned { answered }), Some(leading)) => {
                         leading.planning = false;
-                        leading.settled_at = leading.settled_at.filter(|_| answered);
+                        leading.planned_for = leading.planned_for.take().filter(|_| answered);
                     }
                     (Ok(Outcome::Declared { node, incarnation, applied: false }), Some(leading)) => {
                         leading.detector.on(self.now(), DetectorEvent::NotApplied { node, incarnation });
@@ -93,7 +94,7 @@ impl Shared {
                     } else {
                         let leading = leading.get_or_insert_with(|| Leading {
                             detector: Detector::new(self.settings.timers.detector, self.now()),
-                            settled_at: None,
+                            planned_for: None,
                             planning: false,
                         });
                         self.tick(leading, &mut tasks);
@@ -129,25 +130,21 @@ impl Shared {
                 }
                 Finding::Isolated { accuser, accused } => {
                     tracing::warn!(%accuser, %accused, "one node alone does not hear another");
-                    let entries = relieve(&registry, &accuser, &accused, PLAN_MAX);
-                    let shared = Arc::clone(self);
-                    tasks.spawn(async move {
-                        shared.carry_out(entries).await;
-                        Outcome::Tended
-                    });
                 }
             }
         }
-        if leading.planning || leading.settled_at == Some(registry.version()) {
+        let now = (registry.version(), leading.detector.isolated());
+        if leading.planning || leading.planned_for.as_ref() == Some(&now) {
             return;
         }
         leading.planning = true;
-        leading.settled_at = Some(registry.version());
+        let apart = now.1.clone();
+        leading.planned_for = Some(now);
         let shared = Arc::clone(self);
         tasks.spawn(async move {
             let expected = shared.settings.expected;
             // Milliseconds for many shards: not on a thread that serves others.
-            let planned = move |registry: Arc<Registry>| plan(&registry, expected, PLAN_MAX);
+            let planned = move |registry: Arc<Registry>| plan_apart(&registry, expected, PLAN_MAX, &apart);
             let answered = match tokio::task::spawn_blocking(move || planned(registry)).await {
                 Ok(entries) => shared.carry_out(entries).await,
                 Err(_) => false,

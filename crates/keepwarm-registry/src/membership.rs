@@ -148,6 +148,7 @@ impl Shared {
                 }
             }
             Ok(Answer::Refused(why)) => self.waits(format!("{to} does not let this node in: {why}")),
+            Ok(Answer::Joined { .. }) => self.set_hint(Some(to)),
             Ok(_) => {}
             Err(_) => self.set_hint(None),
         }

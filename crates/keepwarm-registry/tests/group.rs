@@ -279,3 +279,60 @@ async fn a_cluster_of_one_grows_to_three_and_changes_its_voters() {
     let next = cluster.leader().await;
     assert_eq!(cluster.handle(next).propose(spec(3), LONG).await, Ok(Response::Done), "two of 2, 3 and 4");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_far_behind_is_sent_the_whole_state() {
+    let cluster = Cluster::new(3, 3);
+    let folder = tempfile::tempdir().unwrap();
+    let (log, own) = on_disk(folder.path());
+    cluster.start(1, disk(1), true, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(2, disk(2), false, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(3, own, false, log).await;
+    cluster.handle(3).propose(spec(1), LONG).await.unwrap();
+    cluster.kill(3).await;
+    // More than a log keeps.
+    let leader = cluster.handle(cluster.leader().await);
+    for round in 0..80u64 {
+        let asked = (1..=64).map(|n| leader.propose(spec(round * 64 + n), LONG));
+        for answer in futures::future::join_all(asked).await {
+            assert!(answer.is_ok(), "{answer:?}");
+        }
+    }
+    let (log, own) = on_disk(folder.path());
+    let late = cluster.start(3, own, false, log).await;
+    seen(&late, |registry| registry.spec().0 == 80 * 64).await;
+    late.confirm(LONG).await.unwrap();
+    cluster.kill(3).await;
+    let (log, own) = on_disk(folder.path());
+    let again = cluster.start(3, own, false, log).await;
+    seen(&again, |registry| registry.spec().0 == 80 * 64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_disk_that_comes_back_is_let_in_again() {
+    let cluster = Cluster::new(3, 3);
+    let folder = tempfile::tempdir().unwrap();
+    let (log, old) = on_disk(folder.path());
+    cluster.start(1, disk(1), true, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(2, disk(2), false, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(3, old, false, log).await;
+    cluster.handle(3).propose(spec(1), LONG).await.unwrap();
+    cluster.kill(3).await;
+    let voter = |standing: &Standing| *standing == Standing::Voter;
+    let fresh = cluster.start(3, Uuid::from_u128(79), false, RaftLog::ephemeral().unwrap()).await;
+    tokio::time::timeout(LONG, fresh.standing().wait_for(voter)).await.unwrap().unwrap();
+    fresh.propose(spec(2), LONG).await.unwrap();
+    cluster.kill(3).await;
+    let (log, old) = on_disk(folder.path());
+    let back = cluster.start(3, old, false, log).await;
+    seen(&back, |registry| registry.spec().0 == 2).await;
+    let other = if cluster.leader().await == 1 { 2 } else { 1 };
+    let until = Instant::now() + LONG;
+    // It counts again once it is in the place of the other disk.
+    while !matches!(*back.standing().borrow(), Standing::Voter) || back.leader().is_none() {
+        assert!(Instant::now() < until, "{:?}", back.standing().borrow());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    cluster.kill(other).await;
+    assert_eq!(back.propose(spec(3), LONG).await, Ok(Response::Done));
+}

@@ -72,7 +72,8 @@ pub enum DetectorEvent<'a> {
 pub enum Finding {
     /// A process has failed: propose this [`Entry::Down`].
     Failed(Entry),
-    /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both.
+    /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both. Said once;
+    /// [`Detector::isolated`] has it for as long as it stands.
     Isolated {
         /// The odd one.
         accuser: NodeName,
@@ -116,6 +117,12 @@ impl Detector {
             isolated: BTreeSet::new(),
             down: BTreeMap::new(),
         }
+    }
+
+    /// Who alone does not hear whom, as of the last tick: what [`plan_apart`](super::plan_apart) plans around.
+    #[must_use]
+    pub fn isolated(&self) -> BTreeSet<(NodeName, NodeName)> {
+        self.isolated.iter().map(|(accuser, accused)| (accuser.0.clone(), accused.0.clone())).collect()
     }
 
     /// Takes an event; concludes on ticks alone.

@@ -3,7 +3,7 @@
 //! It never promotes a learner: only the shard's primary knows when that has everything. What it takes away, it
 //! takes only where as many copies stay as were promised.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use keepwarm_types::{NodeName, ShardId};
 
@@ -23,6 +23,9 @@ const PRIMARIES_SLACK: usize = 1;
 /// than equal shares.
 const SHARE_RATIO: usize = 2;
 
+/// Who does not hear whom.
+type Apart = HashSet<(Place, Place)>;
+
 struct Storing<'a> {
     place: Place,
     name: &'a NodeName,
@@ -38,6 +41,20 @@ struct Storing<'a> {
 /// a cluster does not begin on whoever is first.
 #[must_use]
 pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
+    plan_apart(registry, expected, limit, &BTreeSet::new())
+}
+
+/// As [`plan`], where of each pair in `apart` the first alone does not hear the second: it leads no shard that needs
+/// both, for it could commit nothing there.
+#[must_use]
+pub fn plan_apart(
+    registry: &Registry,
+    expected: usize,
+    limit: usize,
+    apart: &BTreeSet<(NodeName, NodeName)>,
+) -> Vec<Entry> {
+    let place = |(from, to): &(NodeName, NodeName)| Some((registry.place(from)?, registry.place(to)?));
+    let apart: Apart = apart.iter().filter_map(place).collect();
     let mut nodes = storing(registry);
     let able = nodes.values().filter(|node| !node.draining).count();
     let wanted = registry.settings.replication + 1;
@@ -54,7 +71,7 @@ pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
         if entries.len() >= limit {
             break;
         }
-        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication) {
+        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication, &apart) {
             entries.push(Entry::Change { shard, generation: set.generation, change });
         }
     }
@@ -106,25 +123,6 @@ fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
     takes.map(|node| node.replicas).min()
 }
 
-/// Shards that `accuser` leads and `accused` is a replica of get another primary, `limit` of them at most: he alone
-/// does not hear the accused, so he can commit nothing there.
-#[must_use]
-pub fn relieve(registry: &Registry, accuser: &NodeName, accused: &NodeName, limit: usize) -> Vec<Entry> {
-    let (Some(from), Some(other)) = (registry.place(accuser), registry.place(accused)) else {
-        return Vec::new();
-    };
-    let blocked = registry.sets.iter().filter(|(_, set)| set.primary() == Some(from) && set.has(other));
-    blocked
-        .filter_map(|(shard, set)| {
-            let up = |place: &Place| registry.nodes[usize::from(*place)].status == NodeStatus::Up;
-            let next = set.members().skip(1).find(up)?;
-            let name = registry.nodes[usize::from(next)].registration.node.clone();
-            Some(Entry::Change { shard, generation: set.generation, change: Change::MakePrimary(name) })
-        })
-        .take(limit)
-        .collect()
-}
-
 fn storing(registry: &Registry) -> HashMap<Place, Storing<'_>> {
     let mut nodes: HashMap<Place, Storing<'_>> = (0..)
         .zip(&registry.nodes)
@@ -174,9 +172,15 @@ fn next(
     nodes: &mut HashMap<Place, Storing<'_>>,
     size: usize,
     replication: usize,
+    apart: &Apart,
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
+    if cut_off(primary, set, apart)
+        && let Some(change) = better_primary(set, primary, nodes, apart)
+    {
+        return Some(change);
+    }
     if let Some(learner) = set.learner() {
         // While somebody copies, it waits too, unless that one shall be emptied.
         let useless = nodes.get(&learner).is_none_or(|node| node.draining);
@@ -199,7 +203,7 @@ fn next(
         node.primaries -= usize::from(node.place == primary);
         return Some(Change::Remove { node: node.name.clone(), observers: Vec::new() });
     }
-    better_primary(set, primary, nodes)
+    better_primary(set, primary, nodes, apart)
 }
 
 /// Who leaves a set that is too large: one whose zone is there twice, then who has most, then the last.
@@ -223,16 +227,28 @@ fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place>
         .map(|node| node.place)
 }
 
-/// Another replica, where the primary is being emptied or leads more than its share.
-fn better_primary(set: &Set, primary: Place, nodes: &mut HashMap<Place, Storing<'_>>) -> Option<Change> {
+/// Whether a node alone does not hear another one of the set.
+fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
+    !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
+}
+
+/// Another replica, where the primary is being emptied, is cut off from one of the set, or leads more than its share.
+fn better_primary(
+    set: &Set,
+    primary: Place,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    apart: &Apart,
+) -> Option<Change> {
     let first = nodes.get(&primary)?;
     let least = set
         .members()
         .skip(1)
+        .filter(|place| !cut_off(*place, set, apart))
         .filter_map(|place| nodes.get(&place))
         .filter(|node| !node.draining)
         .min_by_key(|node| (node.primaries, node.place))?;
-    if first.draining || first.primaries > least.primaries + PRIMARIES_SLACK {
+    let unfit = first.draining || cut_off(primary, set, apart);
+    if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
         nodes.get_mut(&primary)?.primaries -= 1;
         nodes.get_mut(&least)?.primaries += 1;
