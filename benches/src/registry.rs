@@ -47,7 +47,10 @@ pub(crate) fn run() {
         register(&mut registry, n);
     }
     let each = (live_bytes() - before) as f64 / f64::from(NODES);
-    println!("{NODES} nodes, {SHARDS} shards: {each:.0} bytes a node, {} KiB of sets", registry.footprint() >> 10);
+    println!(
+        "{NODES} nodes, {SHARDS} shards: {each:.0} bytes a node, {} KiB of sets",
+        registry.footprint() >> 10
+    );
     let started = Instant::now();
     for entry in plan(&registry, NODES.into(), 64) {
         assert_eq!(registry.apply(&entry).response, Response::Done);
@@ -92,7 +95,12 @@ pub(crate) fn run() {
         owned[&name(0)],
         down / LIMIT_MS * 100.0
     );
-    println!("publishing it: {:.3} ms; the next plan: {:.2} ms; a shard's own change: {:.4} ms", median(publish), median(next), median(one));
+    println!(
+        "publishing it: {:.3} ms; the next plan: {:.2} ms; a shard's own change: {:.4} ms",
+        median(publish),
+        median(next),
+        median(one)
+    );
 
     let (mut encode, mut small) = (vec![], vec![]);
     for _ in 0..ROUNDS {
