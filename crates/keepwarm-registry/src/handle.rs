@@ -9,7 +9,7 @@ use keepwarm_catalog::{LogStep, RaftLog, ReadError, Slot};
 use keepwarm_core::registry::{Entry, HealthReport, Refused, Registration, Registry, Response};
 use keepwarm_types::{Incarnation, NodeName};
 use openraft::{Config, SnapshotPolicy};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
@@ -17,7 +17,7 @@ use crate::link::RegistryLink;
 use crate::log_store::{LogStore, write};
 use crate::machine::Machine;
 use crate::network::Network;
-use crate::propose::ProposeError;
+use crate::propose::{PROPOSALS_MAX, ProposeError};
 use crate::raft_types::{Raft, raft_id};
 use crate::settings::{Settings, SettingsError};
 use crate::shared::{Shared, Standing, millis, wall};
@@ -136,6 +136,7 @@ impl RegistryNode {
             reports,
             hint: Mutex::default(),
             membership: tokio::sync::Mutex::default(),
+            room: Semaphore::new(PROPOSALS_MAX),
             started: Instant::now(),
         });
         let mut tasks = vec![tokio::spawn(Arc::clone(&shared).lead(incoming))];

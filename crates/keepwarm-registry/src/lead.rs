@@ -3,11 +3,12 @@
 //! The loop runs on every voter and acts only while that leads. One plan at a time: the next is made when all entries
 //! of the one before have been answered, and only if something has changed since.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use keepwarm_core::registry::{
-    Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan, relieve,
+    Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan_apart,
 };
 use keepwarm_types::{Incarnation, NodeName};
 use tokio::sync::mpsc;
@@ -15,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::propose::Tried;
-use crate::shared::Shared;
+use crate::shared::{Shared, wall};
 use crate::wire::{Answer, Request};
 
 /// Entries of one plan: a few milliseconds of the log.
@@ -26,8 +27,8 @@ const ENTRY_DEADLINE: Duration = Duration::from_secs(2);
 const REPORT_DEADLINE: Duration = Duration::from_millis(200);
 /// Reports on their way at once: one to a leader that does not answer must not hold up the next, to another.
 const SENDING_MAX: usize = 4;
-/// Half-done changes of the group are looked for this often.
-const JOINT_CHECK: Duration = Duration::from_secs(1);
+/// The group is compared with the spec this often.
+const GROUP_CHECK: Duration = Duration::from_secs(1);
 
 /// What a task of the leader came to.
 enum Outcome {
@@ -41,15 +42,15 @@ enum Outcome {
         incarnation: Incarnation,
         applied: bool,
     },
-    Joint,
+    Tended,
     Reported,
 }
 
 /// The loop's state while this node leads.
 struct Leading {
     detector: Detector,
-    /// At which version nothing was left to do.
-    settled_at: Option<u64>,
+    /// What the last plan was made for: a version, and who does not hear whom.
+    planned_for: Option<(u64, BTreeSet<(NodeName, NodeName)>)>,
     planning: bool,
 }
 
@@ -62,7 +63,7 @@ impl Shared {
         let mut sending = 0;
         let mut turn = 0;
         let mut waiting: Option<HealthReport> = None;
-        let mut joint_at = Instant::now();
+        let mut group_at = Instant::now();
         loop {
             tokio::select! {
                 report = reports.recv() => match report {
@@ -80,7 +81,7 @@ impl Shared {
                     (Ok(Outcome::Reported), _) => sending -= 1,
                     (Ok(Outcome::Planned { answered }), Some(leading)) => {
                         leading.planning = false;
-                        leading.settled_at = leading.settled_at.filter(|_| answered);
+                        leading.planned_for = leading.planned_for.take().filter(|_| answered);
                     }
                     (Ok(Outcome::Declared { node, incarnation, applied: false }), Some(leading)) => {
                         leading.detector.on(self.now(), DetectorEvent::NotApplied { node, incarnation });
@@ -93,14 +94,14 @@ impl Shared {
                     } else {
                         let leading = leading.get_or_insert_with(|| Leading {
                             detector: Detector::new(self.settings.timers.detector, self.now()),
-                            settled_at: None,
+                            planned_for: None,
                             planning: false,
                         });
                         self.tick(leading, &mut tasks);
-                        if joint_at.elapsed() >= JOINT_CHECK {
-                            joint_at = Instant::now();
+                        if group_at.elapsed() >= GROUP_CHECK {
+                            group_at = Instant::now();
                             let shared = Arc::clone(&self);
-                            tasks.spawn(async move { shared.end_joint().await; Outcome::Joint });
+                            tasks.spawn(async move { shared.tend_group().await; Outcome::Tended });
                         }
                     }
                 }
@@ -124,27 +125,26 @@ impl Shared {
         for finding in leading.detector.on(self.now(), DetectorEvent::Tick(&registry)) {
             match finding {
                 Finding::Failed(entry) => self.declare(entry, tasks),
+                Finding::Overdue { node, incarnation } => {
+                    self.declare(Entry::GiveUp { node, incarnation, at: wall() }, tasks);
+                }
                 Finding::Isolated { accuser, accused } => {
                     tracing::warn!(%accuser, %accused, "one node alone does not hear another");
-                    let entries = relieve(&registry, &accuser, &accused, PLAN_MAX);
-                    let shared = Arc::clone(self);
-                    tasks.spawn(async move {
-                        shared.carry_out(entries).await;
-                        Outcome::Joint
-                    });
                 }
             }
         }
-        if leading.planning || leading.settled_at == Some(registry.version()) {
+        let now = (registry.version(), leading.detector.isolated());
+        if leading.planning || leading.planned_for.as_ref() == Some(&now) {
             return;
         }
         leading.planning = true;
-        leading.settled_at = Some(registry.version());
+        let apart = now.1.clone();
+        leading.planned_for = Some(now);
         let shared = Arc::clone(self);
         tasks.spawn(async move {
             let expected = shared.settings.expected;
             // Milliseconds for many shards: not on a thread that serves others.
-            let planned = move |registry: Arc<Registry>| plan(&registry, expected, PLAN_MAX);
+            let planned = move |registry: Arc<Registry>| plan_apart(&registry, expected, PLAN_MAX, &apart);
             let answered = match tokio::task::spawn_blocking(move || planned(registry)).await {
                 Ok(entries) => shared.carry_out(entries).await,
                 Err(_) => false,
@@ -154,9 +154,17 @@ impl Shared {
     }
 
     fn declare(self: &Arc<Self>, entry: Entry, tasks: &mut JoinSet<Outcome>) {
-        let Entry::Down { node, incarnation, observers } = &entry else { return };
-        let (node, incarnation) = (node.clone(), *incarnation);
-        tracing::warn!(%node, %incarnation, ?observers, "a node has failed");
+        let (node, incarnation) = match &entry {
+            Entry::Down { node, incarnation, observers } => {
+                tracing::warn!(%node, %incarnation, ?observers, "a node has failed");
+                (node.clone(), *incarnation)
+            }
+            Entry::GiveUp { node, incarnation, .. } => {
+                tracing::warn!(%node, %incarnation, "a failed node's last copies are given up");
+                (node.clone(), *incarnation)
+            }
+            _ => return,
+        };
         let shared = Arc::clone(self);
         tasks.spawn(async move {
             let tried = shared.propose_here(entry, Instant::now() + ENTRY_DEADLINE).await;

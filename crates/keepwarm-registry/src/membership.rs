@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keepwarm_types::NodeName;
-use openraft::ServerState;
 use openraft::error::{ClientWriteError, RaftError};
+use openraft::{ChangeMembers, Membership};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
@@ -63,6 +63,10 @@ impl Shared {
             return;
         }
         if alone {
+            // Nobody else could lead: no need to wait for an election.
+            if let Err(error) = raft.trigger().elect().await {
+                tracing::error!(%error, "the registry did not start to lead");
+            }
             return;
         }
         for turn in 0.. {
@@ -144,6 +148,7 @@ impl Shared {
                 }
             }
             Ok(Answer::Refused(why)) => self.waits(format!("{to} does not let this node in: {why}")),
+            Ok(Answer::Joined { .. }) => self.set_hint(Some(to)),
             Ok(_) => {}
             Err(_) => self.set_hint(None),
         }
@@ -193,15 +198,20 @@ impl Shared {
         }
     }
 
-    /// Ends a change of the group that a former leader began.
-    pub(crate) async fn end_joint(&self) {
+    /// Ends a change of the group that a former leader began, and takes out whom the spec no longer names, one step
+    /// at a time.
+    pub(crate) async fn tend_group(&self) {
         let Some(raft) = self.raft.as_ref().filter(|_| self.leads()) else { return };
         let Ok(_one) = self.membership.try_lock() else { return };
         let metrics = raft.metrics().borrow().clone();
-        let configs = metrics.membership_config.membership().get_joint_config();
-        if let [_, .., last] = &configs[..] {
-            let outcome = timeout(CHANGE_DEADLINE, raft.change_membership(last.clone(), false)).await;
-            tracing::info!(ended = matches!(outcome, Ok(Ok(_))), "a change of the group was left half done");
+        let Some(step) = next_step(metrics.membership_config.membership(), &self.settings.voters) else {
+            return;
+        };
+        tracing::info!(?step, "the group is brought in line with the spec");
+        match timeout(CHANGE_DEADLINE, raft.change_membership(step, false)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the group was not changed: it is tried again"),
+            Err(_) => tracing::warn!("the group was not changed in time: it is tried again"),
         }
     }
 
@@ -217,10 +227,14 @@ impl Shared {
                 self.standing.send_replace(Standing::Failed { why });
                 return;
             }
-            let standing = match now.state {
-                _ if votes(&now, self.id) => Some(Standing::Voter),
-                ServerState::Learner if in_group(&now, self.id) => Some(Standing::Learner),
-                _ => None,
+            let group = now.membership_config.membership();
+            let standing = if counts(&now, self.id) {
+                Some(Standing::Voter)
+            } else if in_group(&now, self.id) {
+                Some(Standing::Learner)
+            } else {
+                let elsewhere = group.nodes().next().is_some();
+                elsewhere.then(|| Standing::Waiting { why: "the group goes on without this node".to_owned() })
             };
             if let Some(standing) = standing {
                 self.standing.send_if_modified(|known| {
@@ -238,8 +252,34 @@ impl Shared {
     }
 }
 
+/// What brings the group in line with the spec; none where it is.
+fn next_step(group: &Membership<u64, RaftPeer>, spec: &[NodeName]) -> Option<ChangeMembers<u64, RaftPeer>> {
+    let configs = group.get_joint_config();
+    let last = configs.last()?;
+    if configs.len() > 1 {
+        return Some(ChangeMembers::ReplaceAllVoters(last.clone()));
+    }
+    let name = |id: &u64| group.get_node(id).and_then(|peer| peer.name.as_ref());
+    let named = |id: &u64| name(id).is_some_and(|name| spec.contains(name));
+    let stay: BTreeSet<u64> = last.iter().copied().filter(named).collect();
+    // Never fewer than a majority of the spec: the new ones are let in first.
+    if stay.len() < last.len() && stay.len() > spec.len() / 2 {
+        return Some(ChangeMembers::ReplaceAllVoters(stay));
+    }
+    // Whoever was let in, and has another disk by now or left the spec, would be sent to for ever.
+    let stale = |id: &u64| !named(id) || last.iter().any(|voter| name(voter) == name(id));
+    let gone: BTreeSet<u64> = group.learner_ids().filter(stale).collect();
+    (!gone.is_empty()).then_some(ChangeMembers::RemoveNodes(gone))
+}
+
 fn votes(metrics: &Metrics, id: u64) -> bool {
     metrics.membership_config.membership().voter_ids().any(|voter| voter == id)
+}
+
+/// Whether its vote counts whatever becomes of a change that is under way.
+fn counts(metrics: &Metrics, id: u64) -> bool {
+    let configs = metrics.membership_config.membership().get_joint_config();
+    !configs.is_empty() && configs.iter().all(|config| config.contains(&id))
 }
 
 fn in_group(metrics: &Metrics, id: u64) -> bool {

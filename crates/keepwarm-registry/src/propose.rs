@@ -8,14 +8,20 @@ use keepwarm_types::NodeName;
 use openraft::error::{ClientWriteError, RaftError};
 use tokio::time::{Instant, timeout_at};
 
+use crate::codec::domain::encode_entry;
 use crate::link::RegistryLinkError;
 use crate::network::CallFailed;
 use crate::raft_types::Proposal;
-use crate::shared::{Metrics, Shared, millis};
+use crate::shared::{Shared, Standing, millis};
 use crate::wire::{Answer, Request};
 
 /// Between two tries to find a leader: half a heartbeat.
 const PAUSE: Duration = Duration::from_millis(25);
+
+/// Proposals that wait at the leader: far more than a plan, every node's registration at once among them.
+pub(crate) const PROPOSALS_MAX: usize = 4096;
+/// Longest entry: the first sets of 8,192 shards are 0.2 MiB.
+pub(crate) const ENTRY_BYTES_MAX: usize = 1 << 20;
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +51,9 @@ impl Shared {
     pub(crate) async fn propose_here(&self, entry: Entry, until: Instant) -> Tried<Response> {
         let Some(raft) = self.raft.as_ref().filter(|_| self.leads()) else {
             return Tried::NotLeader(self.leader().filter(|leader| *leader != self.settings.node));
+        };
+        let Ok(_room) = self.room.try_acquire() else {
+            return Tried::Unavailable(format!("{PROPOSALS_MAX} proposals wait already"));
         };
         match timeout_at(until, raft.client_write(Proposal(Arc::new(entry)))).await {
             Ok(Ok(written)) => Tried::Done(written.data),
@@ -96,6 +105,11 @@ impl Shared {
     /// Proposes until somebody answers, or nobody could have been asked until the deadline.
     pub(crate) async fn propose(&self, entry: Entry, deadline: Duration) -> Result<Response, ProposeError> {
         let until = Instant::now() + deadline;
+        let bytes = encode_entry(&(&entry).into()).len();
+        if bytes > ENTRY_BYTES_MAX {
+            let why = format!("an entry of {bytes} bytes; {ENTRY_BYTES_MAX} are the most");
+            return Err(ProposeError::Unavailable(why));
+        }
         let mut why = "no leader is known".to_owned();
         for turn in 0.. {
             let left = until.saturating_duration_since(Instant::now());
@@ -177,9 +191,9 @@ impl Shared {
 
     /// Whether this node's own group still runs; where it does not, everything fails at once.
     fn alive(&self) -> Result<(), ProposeError> {
-        match self.metrics() {
-            Some(Metrics { running_state: Err(fatal), .. }) => {
-                Err(ProposeError::Unavailable(format!("this node's registry has failed: {fatal}")))
+        match &*self.standing.borrow() {
+            Standing::Failed { why } => {
+                Err(ProposeError::Unavailable(format!("this node's registry has failed: {why}")))
             }
             _ => Ok(()),
         }

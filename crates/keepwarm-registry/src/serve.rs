@@ -11,13 +11,16 @@ use uuid::Uuid;
 
 use crate::codec::BadBytes;
 use crate::codec::domain::RawDelta;
-use crate::propose::Tried;
+use crate::propose::{ENTRY_BYTES_MAX, Tried};
 use crate::raft_types::Raft;
 use crate::shared::Shared;
 use crate::wire::{Answer, Request};
 
 /// Longest that a request is kept waiting here, whatever it asks for.
 const WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// What a request has beside an entry.
+const HEADROOM_BYTES: usize = 1 << 10;
 
 fn wait(wait_ms: u64) -> Duration {
     Duration::from_millis(wait_ms).min(WAIT_MAX)
@@ -37,13 +40,13 @@ impl Shared {
             Ok(request) => request,
             Err(error) => return Answer::Refused(error.to_string()),
         };
-        match self.answer(from, request).await {
+        match self.answer(from, request, bytes.len()).await {
             Ok(answer) => answer,
             Err(error) => Answer::Refused(error.to_string()),
         }
     }
 
-    async fn answer(&self, from: &NodeName, request: Request) -> Result<Answer, BadBytes> {
+    async fn answer(&self, from: &NodeName, request: Request, bytes: usize) -> Result<Answer, BadBytes> {
         Ok(match request {
             Request::Append { to, .. } | Request::Vote { to, .. } | Request::Snapshot { to, .. } => {
                 match &self.raft {
@@ -53,6 +56,9 @@ impl Shared {
                         self.settings.node
                     )),
                 }
+            }
+            Request::Propose { .. } if bytes > HEADROOM_BYTES + ENTRY_BYTES_MAX => {
+                Answer::Refused(format!("an entry of {bytes} bytes; {ENTRY_BYTES_MAX} are the most"))
             }
             Request::Propose { entry, wait_ms } => {
                 let entry = entry.try_into()?;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use keepwarm_core::registry::{HealthReport, Registry};
 use keepwarm_types::{NodeName, Timestamp};
 use openraft::{RaftMetrics, ServerState};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::network::Network;
@@ -50,14 +50,12 @@ pub(crate) struct Shared {
     pub(crate) hint: Mutex<Option<NodeName>>,
     /// One change of the group at a time.
     pub(crate) membership: tokio::sync::Mutex<()>,
+    /// For proposals that wait here.
+    pub(crate) room: Semaphore,
     pub(crate) started: Instant,
 }
 
 impl Shared {
-    pub(crate) fn metrics(&self) -> Option<Metrics> {
-        self.raft.as_ref().map(|raft| raft.metrics().borrow().clone())
-    }
-
     /// Whether this node leads, as far as it knows.
     pub(crate) fn leads(&self) -> bool {
         let Some(raft) = &self.raft else { return false };

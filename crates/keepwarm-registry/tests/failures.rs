@@ -181,3 +181,27 @@ async fn strangers_and_other_clusters_are_not_answered() {
     let stranger = handle.handle(&name(99), bytes::Bytes::new()).await;
     assert!(String::from_utf8_lossy(&stranger).contains("no node of this cluster"), "{stranger:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_alone_does_not_hear_another_leads_nothing_with_it_until_it_does() {
+    let cluster = Cluster::new(3, 3);
+    cluster.start_all().await;
+    cluster.register_all().await;
+    let reporting = cluster.report_health();
+    let leader = cluster.leader().await;
+    let (accuser, accused) = (leader % 3 + 1, (leader + 1) % 3 + 1);
+    let leads = move |registry: &Registry| {
+        registry
+            .shards()
+            .filter(|shard| registry.set(*shard).is_some_and(|set| set.replicas[0].node == name(accuser)))
+            .count()
+    };
+    seen(&cluster.handle(leader), |registry| leads(registry) > 10).await;
+    cluster.net.cut(&name(accused), &name(accuser));
+    let registry = seen(&cluster.handle(leader), |registry| leads(registry) == 0).await;
+    let up = |n: u16| registry.node(&name(n)).unwrap().status == NodeStatus::Up;
+    assert!(up(accuser) && up(accused), "nobody has failed");
+    cluster.net.heal();
+    seen(&cluster.handle(leader), |registry| leads(registry) > 10).await;
+    reporting.abort();
+}

@@ -241,3 +241,98 @@ async fn a_killed_leader_and_owner_is_down_everywhere_soon() {
     println!("down everywhere after {:?}", killed.elapsed());
     reporting.abort();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_one_grows_to_three_and_changes_its_voters() {
+    let mut cluster = Cluster::new(1, 1);
+    let folders: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+    let start = async |cluster: &Cluster, n: u16| {
+        let (log, disk) = on_disk(folders[usize::from(n) - 1].path());
+        cluster.start(n, disk, false, log).await
+    };
+    let votes = async |cluster: &Cluster, n: u16| {
+        let mut standing = cluster.handle(n).standing();
+        let found =
+            tokio::time::timeout(LONG, standing.wait_for(|standing| *standing == Standing::Voter)).await;
+        assert!(found.is_ok(), "{n} does not vote in time: {:?}", cluster.handle(n).standing().borrow());
+    };
+    assert_eq!(start(&cluster, 1).await.propose(spec(1), LONG).await, Ok(Response::Done));
+    cluster.kill(1).await;
+    (cluster.voters, cluster.nodes) = ((1..=3).map(name).collect(), (1..=4).map(name).collect());
+    for n in 1..=4 {
+        start(&cluster, n).await;
+    }
+    votes(&cluster, 2).await;
+    votes(&cluster, 3).await;
+    seen(&cluster.handle(4), |registry| registry.spec().0 == 1).await;
+    // Node 4 shall vote instead of node 1: each is restarted with the new spec.
+    cluster.voters = (2..=4).map(name).collect();
+    for n in 1..=4 {
+        cluster.kill(n).await;
+        start(&cluster, n).await;
+    }
+    votes(&cluster, 4).await;
+    cluster.kill(1).await;
+    assert_eq!(cluster.handle(4).propose(spec(2), LONG).await, Ok(Response::Done));
+    let leader = cluster.leader().await;
+    cluster.kill(leader).await;
+    let next = cluster.leader().await;
+    assert_eq!(cluster.handle(next).propose(spec(3), LONG).await, Ok(Response::Done), "two of 2, 3 and 4");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_far_behind_is_sent_the_whole_state() {
+    let cluster = Cluster::new(3, 3);
+    let folder = tempfile::tempdir().unwrap();
+    let (log, own) = on_disk(folder.path());
+    cluster.start(1, disk(1), true, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(2, disk(2), false, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(3, own, false, log).await;
+    cluster.handle(3).propose(spec(1), LONG).await.unwrap();
+    cluster.kill(3).await;
+    // More than a log keeps.
+    let leader = cluster.handle(cluster.leader().await);
+    for round in 0..80u64 {
+        let asked = (1..=64).map(|n| leader.propose(spec(round * 64 + n), LONG));
+        for answer in futures::future::join_all(asked).await {
+            assert!(answer.is_ok(), "{answer:?}");
+        }
+    }
+    let (log, own) = on_disk(folder.path());
+    let late = cluster.start(3, own, false, log).await;
+    seen(&late, |registry| registry.spec().0 == 80 * 64).await;
+    late.confirm(LONG).await.unwrap();
+    cluster.kill(3).await;
+    let (log, own) = on_disk(folder.path());
+    let again = cluster.start(3, own, false, log).await;
+    seen(&again, |registry| registry.spec().0 == 80 * 64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_disk_that_comes_back_is_let_in_again() {
+    let cluster = Cluster::new(3, 3);
+    let folder = tempfile::tempdir().unwrap();
+    let (log, old) = on_disk(folder.path());
+    cluster.start(1, disk(1), true, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(2, disk(2), false, RaftLog::ephemeral().unwrap()).await;
+    cluster.start(3, old, false, log).await;
+    cluster.handle(3).propose(spec(1), LONG).await.unwrap();
+    cluster.kill(3).await;
+    let voter = |standing: &Standing| *standing == Standing::Voter;
+    let fresh = cluster.start(3, Uuid::from_u128(79), false, RaftLog::ephemeral().unwrap()).await;
+    tokio::time::timeout(LONG, fresh.standing().wait_for(voter)).await.unwrap().unwrap();
+    fresh.propose(spec(2), LONG).await.unwrap();
+    cluster.kill(3).await;
+    let (log, old) = on_disk(folder.path());
+    let back = cluster.start(3, old, false, log).await;
+    seen(&back, |registry| registry.spec().0 == 2).await;
+    let other = if cluster.leader().await == 1 { 2 } else { 1 };
+    let until = Instant::now() + LONG;
+    // It counts again once it is in the place of the other disk.
+    while !matches!(*back.standing().borrow(), Standing::Voter) || back.leader().is_none() {
+        assert!(Instant::now() < until, "{:?}", back.standing().borrow());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    cluster.kill(other).await;
+    assert_eq!(back.propose(spec(3), LONG).await, Ok(Response::Done));
+}

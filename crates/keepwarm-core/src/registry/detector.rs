@@ -40,12 +40,14 @@ pub struct DetectorSettings {
     pub suspect_after: Millis,
     /// A report counts for this long.
     pub fresh_for: Millis,
+    /// A node that is down for this long and has last copies is given up, as an operator would; never, where none.
+    pub give_up_after: Option<Millis>,
 }
 
 impl Default for DetectorSettings {
-    /// 400 ms are eight missed heartbeats of 50 ms; 300 ms six missed reports.
+    /// 400 ms are eight missed heartbeats of 50 ms; 300 ms six missed reports; nothing is given up by itself.
     fn default() -> Self {
-        Self { suspect_after: Millis(400), fresh_for: Millis(300) }
+        Self { suspect_after: Millis(400), fresh_for: Millis(300), give_up_after: None }
     }
 }
 
@@ -56,7 +58,7 @@ pub enum DetectorEvent<'a> {
     Report(HealthReport),
     /// Time has passed; the registry as applied now.
     Tick(&'a Registry),
-    /// A [`Finding::Failed`] was certainly not applied: it may be found again.
+    /// A [`Finding::Failed`] or [`Finding::Overdue`] was certainly not applied: it may be found again.
     NotApplied {
         /// The accused.
         node: NodeName,
@@ -70,12 +72,20 @@ pub enum DetectorEvent<'a> {
 pub enum Finding {
     /// A process has failed: propose this [`Entry::Down`].
     Failed(Entry),
-    /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both.
+    /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both. Said once;
+    /// [`Detector::isolated`] has it for as long as it stands.
     Isolated {
         /// The odd one.
         accuser: NodeName,
         /// Whom it does not hear.
         accused: NodeName,
+    },
+    /// A node with last copies is down for longer than [`DetectorSettings::give_up_after`]: give it up.
+    Overdue {
+        /// Which node.
+        node: NodeName,
+        /// Which process of it.
+        incarnation: Incarnation,
     },
 }
 
@@ -90,6 +100,8 @@ pub struct Detector {
     reports: BTreeMap<NodeName, (Timestamp, HealthReport)>,
     proposed: BTreeSet<Process>,
     isolated: BTreeSet<(Process, Process)>,
+    /// Since when this leader knows that they are down.
+    down: BTreeMap<Process, Timestamp>,
 }
 
 impl Detector {
@@ -103,7 +115,14 @@ impl Detector {
             reports: BTreeMap::new(),
             proposed: BTreeSet::new(),
             isolated: BTreeSet::new(),
+            down: BTreeMap::new(),
         }
+    }
+
+    /// Who alone does not hear whom, as of the last tick: what [`plan_apart`](super::plan_apart) plans around.
+    #[must_use]
+    pub fn isolated(&self) -> BTreeSet<(NodeName, NodeName)> {
+        self.isolated.iter().map(|(accuser, accused)| (accuser.0.clone(), accused.0.clone())).collect()
     }
 
     /// Takes an event; concludes on ticks alone.
@@ -118,7 +137,9 @@ impl Detector {
                 Vec::new()
             }
             DetectorEvent::NotApplied { node, incarnation } => {
-                self.proposed.remove(&(node, incarnation));
+                let process = (node, incarnation);
+                self.down.remove(&process);
+                self.proposed.remove(&process);
                 Vec::new()
             }
             DetectorEvent::Tick(registry) => self.conclude(now, registry),
@@ -133,6 +154,7 @@ impl Detector {
             .map(|node| (&node.registration.node, node.incarnation))
             .collect();
         self.forget(&live);
+        let mut findings = self.overdue(now, registry);
         let fresh: Vec<&HealthReport> = self
             .reports
             .values()
@@ -149,7 +171,7 @@ impl Detector {
         self.settled |=
             live.keys().all(|node| spoken_of(node)) || now.since(self.since) >= self.settings.fresh_for;
         if !self.settled {
-            return Vec::new();
+            return findings;
         }
         let mut accused: BTreeMap<&NodeName, Vec<(&NodeName, Millis)>> = BTreeMap::new();
         for report in &fresh {
@@ -164,7 +186,6 @@ impl Detector {
                 }
             }
         }
-        let mut findings = Vec::new();
         for (node, accusers) in accused {
             let incarnation = live[node];
             let could = live.len() - 1;
@@ -188,6 +209,27 @@ impl Detector {
                 findings.push(Finding::Isolated { accuser: accuser.clone(), accused: node.clone() });
             }
         }
+        findings
+    }
+
+    /// Nodes with last copies that are down for too long, each once.
+    fn overdue(&mut self, now: Timestamp, registry: &Registry) -> Vec<Finding> {
+        let Some(give_up_after) = self.settings.give_up_after else { return Vec::new() };
+        let mut down = BTreeMap::new();
+        let mut findings = Vec::new();
+        for node in registry.nodes().iter().filter(|node| node.status == NodeStatus::Down) {
+            let (name, incarnation) = (&node.registration.node, node.incarnation);
+            let process = (name.clone(), incarnation);
+            let mut since = self.down.get(&process).copied().unwrap_or(now);
+            if since != Timestamp::NEVER && now.since(since) >= give_up_after {
+                since = Timestamp::NEVER;
+                if registry.holds(name) {
+                    findings.push(Finding::Overdue { node: name.clone(), incarnation });
+                }
+            }
+            down.insert(process, since);
+        }
+        self.down = down;
         findings
     }
 

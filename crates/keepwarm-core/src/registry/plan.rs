@@ -3,7 +3,7 @@
 //! It never promotes a learner: only the shard's primary knows when that has everything. What it takes away, it
 //! takes only where as many copies stay as were promised.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use keepwarm_types::{NodeName, ShardId};
 
@@ -18,6 +18,13 @@ pub const LEARNERS_MAX: usize = 4;
 pub const ASSIGN_MAX: usize = 8192;
 /// A primary moves only where that leaves both with shares that differ by less than before.
 const PRIMARIES_SLACK: usize = 1;
+
+/// A node gets more only while another has more than this many times as much: groups of few nodes are worth more
+/// than equal shares.
+const SHARE_RATIO: usize = 2;
+
+/// Who does not hear whom.
+type Apart = HashSet<(Place, Place)>;
 
 struct Storing<'a> {
     place: Place,
@@ -34,6 +41,20 @@ struct Storing<'a> {
 /// a cluster does not begin on whoever is first.
 #[must_use]
 pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
+    plan_apart(registry, expected, limit, &BTreeSet::new())
+}
+
+/// As [`plan`], where of each pair in `apart` the first alone does not hear the second: it leads no shard that needs
+/// both, for it could commit nothing there.
+#[must_use]
+pub fn plan_apart(
+    registry: &Registry,
+    expected: usize,
+    limit: usize,
+    apart: &BTreeSet<(NodeName, NodeName)>,
+) -> Vec<Entry> {
+    let place = |(from, to): &(NodeName, NodeName)| Some((registry.place(from)?, registry.place(to)?));
+    let apart: Apart = apart.iter().filter_map(place).collect();
     let mut nodes = storing(registry);
     let able = nodes.values().filter(|node| !node.draining).count();
     let wanted = registry.settings.replication + 1;
@@ -50,30 +71,56 @@ pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
         if entries.len() >= limit {
             break;
         }
-        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication) {
+        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication, &apart) {
             entries.push(Entry::Change { shard, generation: set.generation, change });
         }
+    }
+    if entries.is_empty() { share(registry, &mut nodes, size, limit) } else { entries }
+}
+
+/// A node that has far less than others, because it is new, begins to copy some of their shards; when it has them,
+/// the set is one too large and whoever has most leaves.
+fn share(
+    registry: &Registry,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    size: usize,
+    limit: usize,
+) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    let mut least = least_of(nodes);
+    for (shard, set) in registry.sets.iter() {
+        let Some(bar) = least.filter(|_| entries.len() < limit).map(|least| SHARE_RATIO * (least + 1)) else {
+            break;
+        };
+        let stays = |place: Place| nodes.get(&place).is_some_and(|node| !node.draining);
+        let settled = set.learner().is_none() && set.len() == size && set.members().all(stays);
+        let Some(from) = set.members().filter(|_| settled).max_by_key(|place| nodes[place].replicas) else {
+            continue;
+        };
+        if nodes[&from].replicas <= bar {
+            continue;
+        }
+        let Some(to) = best_learner(set, nodes) else { continue };
+        if nodes[&from].replicas <= SHARE_RATIO * (nodes[&to].replicas + 1) {
+            continue;
+        }
+        if let Some(node) = nodes.get_mut(&from) {
+            node.replicas -= 1;
+        }
+        if let Some(node) = nodes.get_mut(&to) {
+            (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
+            let change = Change::AddLearner(node.name.clone());
+            entries.push(Entry::Change { shard, generation: set.generation, change });
+        }
+        least = least_of(nodes);
     }
     entries
 }
 
-/// Shards that `accuser` leads and `accused` is a replica of get another primary, `limit` of them at most: he alone
-/// does not hear the accused, so he can commit nothing there.
-#[must_use]
-pub fn relieve(registry: &Registry, accuser: &NodeName, accused: &NodeName, limit: usize) -> Vec<Entry> {
-    let (Some(from), Some(other)) = (registry.place(accuser), registry.place(accused)) else {
-        return Vec::new();
-    };
-    let blocked = registry.sets.iter().filter(|(_, set)| set.primary() == Some(from) && set.has(other));
-    blocked
-        .filter_map(|(shard, set)| {
-            let up = |place: &Place| registry.nodes[usize::from(*place)].status == NodeStatus::Up;
-            let next = set.members().skip(1).find(up)?;
-            let name = registry.nodes[usize::from(next)].registration.node.clone();
-            Some(Entry::Change { shard, generation: set.generation, change: Change::MakePrimary(name) })
-        })
-        .take(limit)
-        .collect()
+/// The fewest replicas of a node that could take more.
+fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
+    let takes = nodes.values().filter(|node| !node.draining && node.learning < LEARNERS_MAX);
+    takes.map(|node| node.replicas).min()
 }
 
 fn storing(registry: &Registry) -> HashMap<Place, Storing<'_>> {
@@ -125,9 +172,15 @@ fn next(
     nodes: &mut HashMap<Place, Storing<'_>>,
     size: usize,
     replication: usize,
+    apart: &Apart,
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
+    if cut_off(primary, set, apart)
+        && let Some(change) = better_primary(set, primary, nodes, apart)
+    {
+        return Some(change);
+    }
     if let Some(learner) = set.learner() {
         // While somebody copies, it waits too, unless that one shall be emptied.
         let useless = nodes.get(&learner).is_none_or(|node| node.draining);
@@ -144,13 +197,23 @@ fn next(
     } else if set.len() > replication.max(1) && (staying < set.len() || set.len() > size) {
         // Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
         let draining = set.members().rev().find(|place| !stays(place));
-        let surplus = set.members().last().filter(|_| set.len() > size);
+        let surplus = surplus(set, nodes).filter(|_| set.len() > size);
         let node = nodes.get_mut(&draining.or(surplus)?)?;
         node.replicas -= 1;
         node.primaries -= usize::from(node.place == primary);
         return Some(Change::Remove { node: node.name.clone(), observers: Vec::new() });
     }
-    better_primary(set, primary, nodes)
+    better_primary(set, primary, nodes, apart)
+}
+
+/// Who leaves a set that is too large: one whose zone is there twice, then who has most, then the last.
+fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
+    let zone = |place: Place| nodes.get(&place).map(|node| node.zone);
+    let twice = |place: Place| set.members().filter(|other| zone(*other) == zone(place)).count() > 1;
+    set.members()
+        .enumerate()
+        .max_by_key(|(at, place)| (twice(*place), nodes.get(place).map_or(0, |node| node.replicas), *at))
+        .map(|(_, place)| place)
 }
 
 /// Who has least of the nodes that could join the set, one of another zone first.
@@ -164,16 +227,28 @@ fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place>
         .map(|node| node.place)
 }
 
-/// Another replica, where the primary is being emptied or leads more than its share.
-fn better_primary(set: &Set, primary: Place, nodes: &mut HashMap<Place, Storing<'_>>) -> Option<Change> {
+/// Whether a node alone does not hear another one of the set.
+fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
+    !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
+}
+
+/// Another replica, where the primary is being emptied, is cut off from one of the set, or leads more than its share.
+fn better_primary(
+    set: &Set,
+    primary: Place,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    apart: &Apart,
+) -> Option<Change> {
     let first = nodes.get(&primary)?;
     let least = set
         .members()
         .skip(1)
+        .filter(|place| !cut_off(*place, set, apart))
         .filter_map(|place| nodes.get(&place))
         .filter(|node| !node.draining)
         .min_by_key(|node| (node.primaries, node.place))?;
-    if first.draining || first.primaries > least.primaries + PRIMARIES_SLACK {
+    let unfit = first.draining || cut_off(primary, set, apart);
+    if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
         nodes.get_mut(&primary)?.primaries -= 1;
         nodes.get_mut(&least)?.primaries += 1;

@@ -40,6 +40,8 @@ pub struct NodeState {
     pub incarnation: Incarnation,
     /// Whether it takes part.
     pub status: NodeStatus,
+    /// An operator wants it empty; lasts over its restarts, until it shall take part again.
+    pub drained: bool,
     /// The registry's version at its last change.
     pub changed: u64,
 }
@@ -146,6 +148,12 @@ impl Registry {
         })
     }
 
+    /// Whether a node is in any set.
+    #[must_use]
+    pub fn holds(&self, name: &NodeName) -> bool {
+        self.place(name).is_some_and(|place| self.sets.iter().any(|(_, set)| set.has(place)))
+    }
+
     /// Shards whose set has changed after `version`, for followers.
     pub fn shards_since(&self, version: u64) -> impl Iterator<Item = ShardId> + '_ {
         self.sets.since(version).map(|(shard, _)| shard)
@@ -200,12 +208,13 @@ impl Registry {
             }
             Entry::Drain { node, draining } => {
                 let place = self.place(node).ok_or_else(|| Refused::UnknownNode(node.clone()))?;
-                let status = self.nodes[usize::from(place)].status;
-                match (status, draining) {
-                    (NodeStatus::Up, true) => self.mark(place, NodeStatus::Draining),
-                    (NodeStatus::Draining, false) => self.mark(place, NodeStatus::Up),
-                    _ => {}
-                }
+                self.nodes[usize::from(place)].drained = *draining;
+                let status = match self.nodes[usize::from(place)].status {
+                    NodeStatus::Down => NodeStatus::Down,
+                    _ if *draining => NodeStatus::Draining,
+                    _ => NodeStatus::Up,
+                };
+                self.mark(place, status);
             }
             Entry::Assign(sets) => self.assign(sets, shards)?,
             Entry::Change { shard, generation, change } => {
@@ -279,10 +288,12 @@ impl Registry {
         }
         self.incarnations += 1;
         let incarnation = Incarnation(self.incarnations);
+        let drained = known.is_some_and(|place| self.nodes[usize::from(place)].drained);
         let state = NodeState {
             registration: Arc::new(registration.clone()),
             incarnation,
-            status: NodeStatus::Up,
+            status: if drained { NodeStatus::Draining } else { NodeStatus::Up },
+            drained,
             changed: self.version,
         };
         let Some(place) = known else {

@@ -89,6 +89,7 @@ pub(crate) struct RawNode {
     incarnation: u64,
     /// 0 up, 1 draining, 2 down.
     status: u8,
+    drained: bool,
     changed: u64,
 }
 
@@ -127,6 +128,8 @@ pub(crate) struct RawReport {
 const NOBODY: u16 = u16::MAX;
 /// Replicas in [`RawSet`]; a sixth is there only while one replaces another.
 const INLINE: usize = keepwarm_core::registry::REPLICAS_MAX - 1;
+
+super::archive!(encode_entry, RawEntry);
 
 fn texts(names: &[NodeName]) -> Vec<String> {
     names.iter().map(ToString::to_string).collect()
@@ -316,6 +319,7 @@ impl From<&Delta> for RawDelta {
                 NodeStatus::Draining => 1,
                 NodeStatus::Down => 2,
             },
+            drained: node.drained,
             changed: node.changed,
         };
         let set = |set: &SetState| {
@@ -359,6 +363,7 @@ impl TryFrom<RawDelta> for Delta {
                     2 => NodeStatus::Down,
                     other => return Err(bad(format!("{other} is no status of a node"))),
                 },
+                drained: node.drained,
                 changed: node.changed,
             };
             Ok((node.place, state))

@@ -32,14 +32,17 @@ pub(crate) fn aligned(bytes: &[u8]) -> AlignedVec {
     aligned
 }
 
-/// `encode` and `decode` of one archived type.
+/// `encode`, and `decode` where it is asked for, of one archived type.
 macro_rules! archive {
-    ($encode:ident, $decode:ident, $raw:ty) => {
+    ($encode:ident, $raw:ty) => {
         pub(crate) fn $encode(value: &$raw) -> Vec<u8> {
             rkyv::to_bytes::<rkyv::rancor::Error>(value)
                 .expect("plain values of bounded size always archive")
                 .into_vec()
         }
+    };
+    ($encode:ident, $decode:ident, $raw:ty) => {
+        $crate::codec::archive!($encode, $raw);
         pub(crate) fn $decode(bytes: &[u8]) -> Result<$raw, $crate::codec::BadBytes> {
             rkyv::from_bytes::<$raw, rkyv::rancor::Error>(&$crate::codec::aligned(bytes))
                 .map_err(|error| $crate::codec::bad(error.to_string()))

@@ -85,6 +85,11 @@ impl Net {
         }
     }
 
+    /// Cuts one way alone.
+    pub fn cut(&self, from: &NodeName, to: &NodeName) {
+        self.cut.lock().unwrap().insert((from.clone(), to.clone()));
+    }
+
     pub fn heal(&self) {
         self.cut.lock().unwrap().clear();
     }

@@ -1,11 +1,11 @@
 //! Who is declared failed, and who is the odd one.
 
-use keepwarm_types::{Incarnation, Millis, NodeName, ShardId, Timestamp};
+use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
 
-use super::{cluster, down, name, primaries, register};
+use super::{cluster, down, name, primaries, register, settle};
 use crate::registry::{
     Change, Detector, DetectorEvent, DetectorSettings, Entry, Finding, HealthReport, Registry, Response,
-    Unheard, relieve,
+    Unheard, plan_apart,
 };
 
 const SUSPECT: Millis = Millis(400);
@@ -147,14 +147,42 @@ fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused
     told(&mut detector, 90, &registry, &[(1, &[(3, long)]), (2, &[])]);
     assert_eq!(tick(&mut detector, 95, &registry), [isolated], "and again after it had ended");
 
+    let apart = detector.isolated();
+    assert_eq!(apart, [(name(1), name(3))].into());
     let mut moved = registry.clone();
-    let entries = relieve(&registry, &name(1), &name(3), 64);
-    assert_eq!(entries.len(), primaries(&registry)[&name(1)]);
-    for entry in &entries {
-        assert!(matches!(entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(1)));
-        assert_eq!(moved.apply(entry).response, Response::Done);
+    for _ in 0..primaries(&registry)[&name(1)] {
+        let entries = plan_apart(&moved, 3, 1, &apart);
+        assert!(
+            matches!(&entries[..], [Entry::Change { change: Change::MakePrimary(to), .. }] if *to != name(1))
+        );
+        assert_eq!(moved.apply(&entries[0]).response, Response::Done);
     }
-    assert!(!primaries(&moved).contains_key(&name(1)));
-    assert_eq!(relieve(&registry, &name(1), &name(3), 2).len(), 2);
-    assert_eq!(moved.set(ShardId(0)).unwrap().replicas.len(), 3);
+    assert!(!primaries(&moved).contains_key(&name(1)), "every set here has both");
+    assert!(plan_apart(&moved, 3, 64, &apart).iter().all(|entry| {
+        matches!(entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(1))
+    }));
+    settle(&mut moved, 3);
+    assert!(primaries(&moved)[&name(1)] >= 5, "its share comes back when it hears again");
+}
+
+#[test]
+fn a_last_copy_that_is_down_for_too_long_is_given_up_once_and_only_if_that_is_wanted() {
+    let mut registry = cluster(2, 4, 1);
+    down(&mut registry, 1, &[2]);
+    down(&mut registry, 2, &[]);
+    let settings = DetectorSettings { give_up_after: Some(Millis(60_000)), ..DetectorSettings::default() };
+    let mut impatient = Detector::new(settings, Timestamp(0));
+    assert_eq!(tick(&mut impatient, 10, &registry), []);
+    assert_eq!(tick(&mut impatient, 60_009, &registry), []);
+    let (node, incarnation) = (name(2), incarnation(&registry, 2));
+    let overdue = Finding::Overdue { node: node.clone(), incarnation };
+    let only = [overdue];
+    assert_eq!(tick(&mut impatient, 60_010, &registry), only, "the other one has no last copy");
+    assert_eq!(tick(&mut impatient, 60_020, &registry), []);
+    impatient.on(Timestamp(60_030), DetectorEvent::NotApplied { node, incarnation });
+    assert_eq!(tick(&mut impatient, 60_040, &registry), []);
+    assert_eq!(tick(&mut impatient, 120_040, &registry), only);
+    let mut patient = detector();
+    tick(&mut patient, 10, &registry);
+    assert_eq!(tick(&mut patient, u64::MAX - 1, &registry), []);
 }

@@ -3,7 +3,7 @@
 use keepwarm_types::{ShardId, Timestamp};
 
 use super::{cluster, down, name, primaries, register, settle};
-use crate::registry::{ASSIGN_MAX, Change, Entry, Registry, Response, plan};
+use crate::registry::{ASSIGN_MAX, Change, Entry, NodeStatus, Registry, Response, plan};
 
 fn changes(registry: &Registry, expected: usize) -> Vec<Change> {
     let change = |entry| match entry {
@@ -115,4 +115,33 @@ fn a_shard_named_twice_in_one_entry_gets_one_set() {
     let applied = registry.apply(&Entry::Assign(sets));
     assert_eq!((applied.response, applied.shards), (Response::Done, vec![ShardId(0)]));
     assert_eq!(registry.set(ShardId(0)).unwrap().generation.0, 1);
+}
+
+#[test]
+fn a_new_node_gets_a_share_and_sets_end_as_large_as_before() {
+    let mut registry = cluster(3, 64, 2);
+    register(&mut registry, 4, 4);
+    settle(&mut registry, 4);
+    let mut held = 0;
+    for shard in registry.shards() {
+        let set = registry.set(shard).unwrap();
+        assert_eq!(set.replicas.len(), 3);
+        held += usize::from(set.replicas.iter().any(|member| member.node == name(4)));
+    }
+    assert!((24..=48).contains(&held), "{held} of 64");
+    assert!(primaries(&registry)[&name(4)] > 0);
+}
+
+#[test]
+fn a_drain_lasts_over_a_restart_until_it_is_taken_back() {
+    let mut registry = cluster(4, 4, 2);
+    registry.apply(&Entry::Drain { node: name(2), draining: true });
+    down(&mut registry, 2, &[1, 3]);
+    register(&mut registry, 2, 2);
+    assert_eq!(registry.node(&name(2)).unwrap().status, NodeStatus::Draining);
+    down(&mut registry, 2, &[1, 3]);
+    registry.apply(&Entry::Drain { node: name(2), draining: false });
+    assert_eq!(registry.node(&name(2)).unwrap().status, NodeStatus::Down, "a drain is no sign of life");
+    register(&mut registry, 2, 2);
+    assert_eq!(registry.node(&name(2)).unwrap().status, NodeStatus::Up);
 }
