@@ -9,7 +9,7 @@ use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::CopyFor;
 use super::message::{Message, Prepare};
 use super::office::OWN;
-use super::state::{Part, Replica, Then, WRITE_DEADLINE, release};
+use super::state::{Part, RESEND, Replica, Then, WRITE_DEADLINE, release};
 use crate::registry::Member;
 use crate::session::{BlockRef, Manifest, Stamp};
 use crate::shard::{Command, Event, PersistError, Record, RequestId, Ticket};
@@ -361,15 +361,17 @@ impl Replica {
         self.forget_change(ticket);
         let Part::Primary(office) = &mut self.part else { return };
         if let Some(stamp) = stamp {
-            office.peers.iter_mut().for_each(|peer| peer.notices.push((key.clone(), stamp)));
+            for peer in &mut office.peers {
+                peer.notices.insert(key.clone(), (stamp, None));
+            }
         }
         if let Some(stale) = office.stale.remove(&key) {
             out.push(release(stale));
         }
-        let full = office.peers.iter().any(|peer| peer.notices.len() >= NOTICES_MAX);
+        let full = office.peers.iter().any(|peer| peer.notices.len() == NOTICES_MAX);
         self.drive(now, Event::Persisted(ticket), direct, out);
         if full {
-            self.tell_commits(out);
+            self.tell_commits(now, out);
         }
         self.look_at(&key, lost);
         self.fetched(now, out);
@@ -384,18 +386,43 @@ impl Replica {
         }
     }
 
-    /// Tells the others what is committed, so that they let go of what was before.
-    pub(super) fn tell_commits(&mut self, out: &mut Vec<ReplicaCommand>) {
+    /// Tells the others what is committed, so that they let go of what was before; again where they did not hear.
+    pub(super) fn tell_commits(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &mut self.part else { return };
-        let notices: Vec<_> = office
-            .peers
-            .iter_mut()
-            .filter(|peer| !peer.notices.is_empty())
-            .map(|peer| (peer.member.clone(), std::mem::take(&mut peer.notices)))
-            .collect();
+        let mut notices = Vec::new();
+        for peer in &mut office.peers {
+            let due = |told: &Option<Timestamp>| told.is_none_or(|at| now.since(at) >= RESEND);
+            let open = peer.notices.iter_mut().filter(|(_, (_, told))| due(told)).take(NOTICES_MAX);
+            let tell = |(key, (stamp, told)): (&SessionKey, &mut (Stamp, Option<Timestamp>))| {
+                *told = Some(now);
+                (key.clone(), *stamp)
+            };
+            let heads: Vec<_> = open.map(tell).collect();
+            if !heads.is_empty() {
+                notices.push((peer.member.clone(), heads));
+            }
+        }
         for (member, heads) in notices {
             self.say(&member, Message::Committed(heads), out);
         }
+    }
+
+    /// A peer heard what is committed.
+    pub(super) fn noted(
+        &mut self,
+        from: &Member,
+        heads: &[(SessionKey, Stamp)],
+        before: Option<keepwarm_types::Generation>,
+    ) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let began = office.began;
+        let Some(peer) = office.peer(from) else { return };
+        for (key, stamp) in heads {
+            if peer.notices.get(key).is_some_and(|(told, _)| told == stamp) {
+                peer.notices.remove(key);
+            }
+        }
+        peer.settled_noted |= before == Some(began);
     }
 
     /// Whoever waited too long for a change learns that its outcome is unknown; the change stays on its way.

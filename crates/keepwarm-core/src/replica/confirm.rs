@@ -219,7 +219,7 @@ impl Replica {
         self.resend(now, None, out);
         self.give_up_waiting(now, out);
         self.doubt_late_changes(now, out);
-        self.tell_commits(out);
+        self.tell_commits(now, out);
         self.heal(now, out);
         self.fetched(now, out);
         self.touched(now, out);
@@ -246,6 +246,7 @@ impl Replica {
                 self.compared(now, from, id, differing, lacking, out);
             }
             Message::Installed { key, head, holding } => self.installed(now, from, &key, head, holding, out),
+            Message::Noted { heads, before } => self.noted(from, &heads, before),
             Message::Confirmed { round } => self.confirmed(now, from, round, out),
             Message::Evict { key, birth } => self.asked_to_evict(now, &key, birth, out),
             Message::Prepare(_)

@@ -106,9 +106,10 @@ impl Replica {
             Message::Compare(compare) => self.compare(from, compare, out),
             Message::Confirm { round } => self.say(&from, Message::Confirmed { round }, out),
             Message::Committed(heads) => {
-                for (key, stamp) in heads {
-                    self.settle(&key, |head| head == stamp, out);
+                for (key, stamp) in &heads {
+                    self.settle(key, |head| head == *stamp, out);
                 }
+                self.say(&from, Message::Noted { heads, before: None }, out);
             }
             Message::Settled { before } => {
                 let Part::Follower(follower) = &self.part else { return };
@@ -116,12 +117,14 @@ impl Replica {
                 for key in keys {
                     self.settle(&key, |head| head.generation < before, out);
                 }
+                self.say(&from, Message::Noted { heads: Vec::new(), before: Some(before) }, out);
             }
             Message::Prepared { .. }
             | Message::NeedWhole { .. }
             | Message::Compared { .. }
             | Message::Installed { .. }
             | Message::Confirmed { .. }
+            | Message::Noted { .. }
             | Message::Stale
             | Message::Evict { .. } => {}
         }

@@ -28,12 +28,19 @@ pub struct Envelope {
 pub enum Message {
     /// Take this change.
     Prepare(Box<Prepare>),
-    /// All have these changes: what only earlier ones named may go.
+    /// All have these changes: what only earlier ones named may go. Repeated until it is noted.
     Committed(Vec<(SessionKey, Stamp)>),
-    /// All heads of earlier offices are settled: what only their predecessors named may go.
+    /// All heads of earlier offices are settled: what only their predecessors named may go. Repeated until it is noted.
     Settled {
         /// The generation in which this office began.
         before: Generation,
+    },
+    /// These commits, or that, were heard.
+    Noted {
+        /// Of `Committed`.
+        heads: Vec<(SessionKey, Stamp)>,
+        /// Of `Settled`.
+        before: Option<Generation>,
     },
     /// Say which of these heads you do not have; drop what is in the span and not among them.
     Compare(Compare),

@@ -88,7 +88,9 @@ impl Office {
             || !self.unsettled.is_empty()
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
-            || self.peers.iter().any(|peer| peer.learner || !peer.filled() || !peer.notices.is_empty())
+            || self.peers.iter().any(|peer| {
+                peer.learner || !peer.filled() || !peer.settled_noted || !peer.notices.is_empty()
+            })
     }
 
     pub(super) fn validate(&self, set: &ReplicaSet) {
