@@ -6,7 +6,7 @@ use std::sync::Arc;
 use keepwarm_core::registry::Entry;
 use keepwarm_core::replica::{Content, Envelope, Message, Replica, ReplicaCommand, ReplicaEvent};
 use keepwarm_core::session::{Manifest, TranscriptDelta};
-use keepwarm_core::shard::{Answer, Command, Refusal, Request, RequestId, Verb};
+use keepwarm_core::shard::{Answer, Command, Record, Refusal, Request, RequestId, Verb};
 use keepwarm_types::{InstanceId, SessionKey, ShardId, Timestamp, Tokens};
 
 use super::bug::Bug;
@@ -99,6 +99,11 @@ impl World {
         match command {
             ReplicaCommand::Shard(command) => self.keep(at, command),
             ReplicaCommand::Persist(ticket, records) => {
+                for record in &records {
+                    if let Record::Manifest(manifest, _) = record {
+                        self.promises.placed(manifest);
+                    }
+                }
                 self.nodes[at].disk.submit(shard, ticket, records);
                 if !self.nodes[at].disk.syncing {
                     self.nodes[at].disk.syncing = true;

@@ -16,12 +16,19 @@ use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb
 #[derive(Debug, Default)]
 pub(super) struct Rounds {
     /// The last round that was begun.
-    begun: u64,
+    pub(super) begun: u64,
     at: Timestamp,
     /// The last round that the registry confirmed.
     registry: u64,
     /// Round, request, and when it came.
     pub(super) waiting: VecDeque<(u64, RequestId, Timestamp)>,
+}
+
+impl Rounds {
+    /// Rounds of an earlier office are never taken for those of this one.
+    pub(super) fn after(begun: u64) -> Self {
+        Self { begun, ..Self::default() }
+    }
 }
 
 impl Replica {

@@ -19,6 +19,9 @@ pub struct Envelope {
     pub to: Member,
     /// The sender's set; a later one than the receiver's is taken up.
     pub set: Arc<ReplicaSet>,
+    /// +1 for each message of the sending replica: what it said of a session before its last word on it that was
+    /// heard is late, and not taken.
+    pub sent: u64,
     /// What is said.
     pub message: Message,
 }
