@@ -309,7 +309,12 @@ pub fn brief(message: &Message) -> String {
             format!("Prepare {} {:?} -> {} {record}", prepare.key, prepare.previous.map(|s| s.to_string()), prepare.stamp)
         }
         Message::Install(install) => {
-            format!("Install {} {:?}", install.key, install.content.head().map(|s| s.to_string()))
+            let tokens = match &install.content {
+                Content::Live(_, transcript) => transcript.tokens.len(),
+                Content::Ended(_) | Content::Absent => 0,
+            };
+            let head = install.content.head().map(|stamp| stamp.to_string());
+            format!("Install {} {head:?} with {tokens} tokens", install.key)
         }
         Message::Compare(compare) => format!("Compare {} {:?} {} heads", compare.id, compare.span, compare.heads.len()),
         other => format!("{other:?}").chars().take(200).collect(),

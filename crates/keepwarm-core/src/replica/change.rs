@@ -28,7 +28,7 @@ pub(super) struct Changing {
     pub(super) sent: bool,
     /// Whether the own catalog has it.
     local: bool,
-    acked: Vec<Member>,
+    pub(super) acked: Vec<Member>,
     /// Bytes that must be at their holders first, and those holders that could not be had.
     copying: BTreeSet<super::event::CopyId>,
     lost: Vec<Member>,
@@ -277,6 +277,10 @@ impl Replica {
     ) {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(ticket) = office.changing.get(key).copied() else { return };
+        // A session on its way whole may undo what was prepared; the change is sent again after it.
+        if office.peer(from).is_none_or(|peer| peer.installs.contains_key(key)) {
+            return;
+        }
         let fits = office.changes.get(&ticket).is_some_and(|c| c.sent && c.record.stamp() == Some(stamp));
         if fits {
             self.prepared_at(now, from, ticket, holding, out);

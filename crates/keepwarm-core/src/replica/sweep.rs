@@ -235,6 +235,12 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(peer) = office.peer(to) else { return };
         peer.installs.insert(key.clone(), now);
+        // What is sent whole may be what was before the change that is under way: that counts there no more.
+        if let Some(ticket) = office.changing.get(key)
+            && let Some(change) = office.changes.get_mut(ticket)
+        {
+            change.acked.retain(|member| member != to);
+        }
         let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
         let pending = pending.filter(|change| change.sent).and_then(|change| change.manifest().cloned());
         let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
