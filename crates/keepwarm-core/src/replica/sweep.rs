@@ -241,10 +241,15 @@ impl Replica {
         {
             change.acked.retain(|member| member != to);
         }
-        let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
-        let pending = pending.filter(|change| change.sent).and_then(|change| change.manifest().cloned());
-        let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
         let whole = |content| Message::Install(Box::new(Install { key: key.clone(), content }));
+        let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
+        let pending = pending.filter(|change| change.sent);
+        if let Some(grave) = pending.and_then(|change| change.record.grave()) {
+            // The catalog may not have what was before any more.
+            return self.say(to, whole(Content::Ended(grave)), out);
+        }
+        let pending = pending.and_then(|change| change.manifest().cloned());
+        let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
         match candidates.first() {
             None => {
                 let content = office.shard.grave(key).map_or(Content::Absent, |grave| Content::Ended(*grave));
