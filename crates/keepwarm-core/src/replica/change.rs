@@ -26,6 +26,8 @@ pub(super) struct Changing {
     previous: Option<Stamp>,
     /// Whether it was given to anybody: from then on it is committed or unknown.
     pub(super) sent: bool,
+    /// Whether another replica may have it, or the own catalog in spite of what it says: from then on there is no "no".
+    pub(super) given: bool,
     /// Whether the own catalog has it.
     local: bool,
     pub(super) acked: Vec<Member>,
@@ -113,6 +115,7 @@ impl Replica {
             previous: office.committed_head(&key),
             record,
             sent: false,
+            given: false,
             local: false,
             acked: Vec::new(),
             copying: BTreeSet::new(),
@@ -229,6 +232,7 @@ impl Replica {
             .filter(open)
             .cloned()
             .collect();
+        change.given |= !to.is_empty();
         for member in to {
             self.say(&member, Message::Prepare(Box::new(prepare.clone())), out);
         }
@@ -304,23 +308,15 @@ impl Replica {
         now: Timestamp,
         ticket: Ticket,
         error: PersistError,
-        records: &[Record],
         out: &mut Vec<ReplicaCommand>,
     ) -> bool {
         let Part::Primary(office) = &mut self.part else { return false };
-        if !office.changes.contains_key(&ticket) {
+        let Some(change) = office.changes.get_mut(&ticket) else { return true };
+        if error == PersistError::NotApplied && !change.given {
+            self.not_applied(now, ticket, error, out);
             return true;
         }
-        if office.peers.is_empty() {
-            if error == PersistError::NotApplied {
-                self.not_applied(now, ticket, error, out);
-            } else {
-                // The shard gives the same records to the catalog again, under another ticket.
-                self.forget_change(ticket);
-                self.drive(now, Event::PersistFailed(ticket, error, records.to_vec()), None, out);
-            }
-            return true;
-        }
+        change.given = true;
         let mut commands = Vec::new();
         office.shard.doubt(ticket, &mut commands);
         self.doubted(commands, out);
@@ -436,7 +432,7 @@ impl Replica {
         let mut commands = Vec::new();
         for (ticket, change) in &mut office.changes {
             if change.sent && !change.doubted && now.since(change.since) >= WRITE_DEADLINE {
-                change.doubted = true;
+                (change.doubted, change.given) = (true, true);
                 office.shard.doubt(*ticket, &mut commands);
             }
         }

@@ -377,7 +377,7 @@ impl Replica {
     ) {
         let Some(saving) = self.local.remove(&ticket) else { return };
         if let Then::Change(change) = saving.then
-            && self.not_saved_here(now, change, error, &records, out)
+            && self.not_saved_here(now, change, error, out)
         {
             return;
         }

@@ -240,6 +240,7 @@ impl Replica {
             && let Some(change) = office.changes.get_mut(ticket)
         {
             change.acked.retain(|member| member != to);
+            change.given |= change.sent;
         }
         let whole = |content| Message::Install(Box::new(Install { key: key.clone(), content }));
         let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
