@@ -49,6 +49,7 @@ struct WireEnvelope {
     from: WireMember,
     to: WireMember,
     set: WireSet,
+    sent: u64,
     message: WireMessage,
 }
 
@@ -58,6 +59,7 @@ enum WireMessage {
     Prepare(Box<WirePrepare>),
     Committed(Vec<WireHead>),
     Settled { before: u64 },
+    Noted { heads: Vec<WireHead>, before: Option<u64> },
     Compare { id: u64, span: WireSpan, heads: Vec<WireHead> },
     Install(Box<WireInstall>),
     Confirm { round: u64 },
@@ -92,6 +94,7 @@ pub fn encode(envelope: &Envelope) -> Result<Frame, TooLong> {
         from: (&envelope.from).into(),
         to: (&envelope.to).into(),
         set: WireSet::new(&envelope.set)?,
+        sent: envelope.sent,
         message: WireMessage::new(&envelope.message)?,
     };
     let size_hint = 512 + WireMessage::size_hint(&envelope.message);
@@ -111,6 +114,7 @@ pub fn decode(frame: &Frame, layouts: &LayoutCache) -> Result<Envelope, DecodeEr
         shard: shard(wire.shard.to_native())?,
         from: wire.from.read_among(&set.replicas)?,
         to: wire.to.read_among(&set.replicas)?,
+        sent: counter("envelope.sent", wire.sent.to_native())?,
         message: wire.message.read(layouts, &set)?,
         set: Arc::new(set),
     })
@@ -145,6 +149,10 @@ impl WireMessage {
             Message::Prepare(prepare) => Self::Prepare(Box::new(WirePrepare::new(prepare)?)),
             Message::Committed(heads) => Self::Committed(wire_heads("committed", heads)?),
             Message::Settled { before } => Self::Settled { before: before.0 },
+            Message::Noted { heads, before } => Self::Noted {
+                heads: wire_heads("noted.heads", heads)?,
+                before: before.map(|before| before.0),
+            },
             Message::Compare(Compare { id, span, heads }) => {
                 Self::Compare { id: *id, span: span.into(), heads: wire_heads("compare.heads", heads)? }
             }
@@ -174,9 +182,9 @@ impl WireMessage {
         match message {
             Message::Prepare(prepare) => WirePrepare::size_hint(prepare),
             Message::Install(install) => WireInstall::size_hint(install),
-            Message::Committed(heads) | Message::Compare(Compare { heads, .. }) => {
-                128 + per_key * heads.len()
-            }
+            Message::Committed(heads)
+            | Message::Noted { heads, .. }
+            | Message::Compare(Compare { heads, .. }) => 128 + per_key * heads.len(),
             Message::Compared { differing, lacking, .. } => per_key * (differing.len() + lacking.len()),
             _ => 0,
         }
@@ -204,6 +212,13 @@ impl ArchivedWireMessage {
             Self::Settled { before } => {
                 Message::Settled { before: Generation(counter("settled.before", before.to_native())?) }
             }
+            Self::Noted { heads, before } => Message::Noted {
+                heads: read_heads("noted.heads", heads)?,
+                before: match before.as_ref() {
+                    Some(before) => Some(Generation(counter("noted.before", before.to_native())?)),
+                    None => None,
+                },
+            },
             Self::Compare { id, span, heads } => Message::Compare(Compare {
                 id: id.to_native(),
                 span: span.read()?,
@@ -259,7 +274,8 @@ mod tests {
             learner: None,
             lost_at: None,
         });
-        let wire = WireEnvelope { shard: 1, from: member(), to: member(), set: set.unwrap(), message };
+        let wire =
+            WireEnvelope { shard: 1, from: member(), to: member(), set: set.unwrap(), sent: 1, message };
         seal(kinds::ENVELOPE, "envelope", &wire, 0, ENVELOPE_BYTES_MAX).unwrap()
     }
 

@@ -22,9 +22,9 @@ use failure::Failure;
 use output::{Output, note};
 
 /// What the log has where RUST_LOG does not say: a server tells of its start and its troubles, a command of
-/// its troubles.
+/// its troubles. What the consensus library meets is told by who uses it, once.
 fn default_filter(command: &Command) -> &'static str {
-    if matches!(command, Command::Serve(_)) { "info" } else { "warn" }
+    if matches!(command, Command::Serve(_)) { "info,openraft=off" } else { "warn" }
 }
 
 fn main() -> ExitCode {

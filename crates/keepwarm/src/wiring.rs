@@ -5,6 +5,7 @@
 //! and stops the node; a second one ends the process at once.
 
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
@@ -66,9 +67,14 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
         served = keepwarm_api::serve(listener, router, until) => served.err().map(|error| error.to_string()),
         reason = running.failed() => Some(reason),
     };
+    let again = running.superseded();
     let report = running.shutdown(STOP_GRACE).await;
     tracing::info!(?report, "stopped");
     match failed {
+        Some(reason) if again => {
+            tracing::warn!(%reason, "starting anew");
+            Err(start_anew())
+        }
         Some(reason) => Err(Failure::failed(format!("the node cannot go on: {reason}"))),
         None if report.unfinished + report.checkpoints > 0 => Err(Failure::failed(format!(
             "stopped with {} requests and {} checkpoints unfinished after {} s",
@@ -78,6 +84,18 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
         ))),
         None => Ok(()),
     }
+}
+
+/// Becomes a new process of the same command line, under the same process id: a clean slate, and whoever watches this
+/// process sees it go on. Comes back only if that failed.
+fn start_anew() -> Failure {
+    let mut arguments = std::env::args_os();
+    let program = std::env::current_exe().ok().or_else(|| arguments.next().map(PathBuf::from));
+    let Some(program) = program else {
+        return Failure::failed("this program cannot be found to start it anew");
+    };
+    let error = process::Command::new(program).args(std::env::args_os().skip(1)).exec();
+    Failure::failed(format!("cannot start anew: {error}"))
 }
 
 fn start_failure(error: StartError) -> Failure {

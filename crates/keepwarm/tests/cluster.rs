@@ -5,16 +5,19 @@
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use keepwarm_client::{Client, Form, Layout, NewSession, Order, PartBody, PartLayout, WriteOptions};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 /// Longest wait for anything.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How long a client waits for one node before it asks another.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Writers, each with a session of its own.
 const WRITERS: usize = 6;
 /// Bytes of a token.
@@ -43,6 +46,8 @@ struct Node {
     name: String,
     url: String,
     child: Option<Child>,
+    /// Kept open: a node that starts anew says again that it is ready.
+    out: Option<BufReader<ChildStdout>>,
 }
 
 struct Cluster {
@@ -69,6 +74,7 @@ impl Cluster {
             name: format!("n{n}"),
             url: format!("http://127.0.0.1:{}", base + n),
             child: None,
+            out: None,
         };
         let mut cluster = Self { folder, nodes: (1..=3).map(node).collect(), _kept: kept };
         for node in &mut cluster.nodes {
@@ -94,7 +100,7 @@ impl Node {
         let child = keepwarm()
             .args(["serve", "--node", &self.name, "--config"])
             .arg(folder.join("cluster.toml"))
-            .env("RUST_LOG", "warn,openraft=error")
+            .env("RUST_LOG", "warn,openraft=off")
             .stdout(Stdio::piped())
             .stderr(log.unwrap())
             .spawn()
@@ -103,9 +109,10 @@ impl Node {
     }
 
     fn ready(&mut self) {
-        let out = self.child.as_mut().unwrap().stdout.take().unwrap();
+        let mut out = BufReader::new(self.child.as_mut().unwrap().stdout.take().unwrap());
         let mut line = String::new();
-        BufReader::new(out).read_line(&mut line).unwrap();
+        out.read_line(&mut line).unwrap();
+        self.out = Some(out);
         assert!(line.starts_with("ready http="), "{} did not start: '{line}'", self.name);
     }
 
@@ -124,6 +131,10 @@ impl Node {
 impl Drop for Cluster {
     fn drop(&mut self) {
         for node in &mut self.nodes {
+            if std::thread::panicking() {
+                let log = std::fs::read_to_string(self.folder.join(format!("{}.log", node.name)));
+                println!("log of {}:\n{}", node.name, log.unwrap_or_default());
+            }
             if let Some(child) = &mut node.child {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -159,14 +170,16 @@ struct Report {
     /// Longest time that a session could not be written, in milliseconds.
     longest_ms: AtomicU64,
     stop: AtomicBool,
+    /// The last thing that went wrong.
+    last: Mutex<String>,
 }
 
 async fn length(clients: &[Client], id: Uuid, from: usize) -> u64 {
     let begun = Instant::now();
     for n in from.. {
-        match clients[n % clients.len()].session(id).await {
-            Ok(session) => return session.length_tokens,
-            Err(error) => assert!(begun.elapsed() < DEADLINE, "session {id} does not come back: {error}"),
+        match timeout(PATIENCE, clients[n % clients.len()].session(id)).await {
+            Ok(Ok(session)) => return session.length_tokens,
+            other => assert!(begun.elapsed() < DEADLINE, "session {id} does not come back: {other:?}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -183,9 +196,11 @@ async fn write(clients: Vec<Client>, id: Uuid, report: Arc<Report>) -> u64 {
         }
         let client = &clients[n % clients.len()];
         let body = PartBody::from(token(id, acknowledged).to_vec());
-        match client.append_part(id, "kv", acknowledged, body, &WriteOptions::default()).await {
-            Ok(_) => acknowledged += 1,
-            Err(_) => {
+        let options = WriteOptions::default();
+        match timeout(PATIENCE, client.append_part(id, "kv", acknowledged, body, &options)).await {
+            Ok(Ok(_)) => acknowledged += 1,
+            other => {
+                *report.last.lock().unwrap() = format!("{other:?}");
                 report.unclear.fetch_add(1, Ordering::SeqCst);
                 let now = length(&clients, id, n + 1).await;
                 assert!(
@@ -211,7 +226,8 @@ async fn write(clients: Vec<Client>, id: Uuid, report: Arc<Report>) -> u64 {
 async fn goes_on(report: &Report) {
     let (begun, from) = (Instant::now(), report.acknowledged.load(Ordering::SeqCst));
     while report.acknowledged.load(Ordering::SeqCst) < from + 20 * WRITERS as u64 {
-        assert!(begun.elapsed() < DEADLINE, "the writers stand still");
+        let last = || report.last.lock().unwrap().clone();
+        assert!(begun.elapsed() < DEADLINE, "the writers stand still; the last error: {}", last());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -248,6 +264,7 @@ async fn what_is_acknowledged_outlives_kills_quick_restarts_and_pauses() {
     }
     goes_on(&report).await;
     for (round, fault) in ["kill", "kill and start at once", "stop and go on"].into_iter().enumerate() {
+        println!("fault: {fault}");
         let folder = cluster.folder.clone();
         let node = &mut cluster.nodes[round % 3];
         match fault {

@@ -165,9 +165,16 @@ impl World {
                     && !self.is_cut(observer, accused);
                 if heard {
                     self.unheard.remove(&(observer, accused));
-                } else if now.since(*self.unheard.entry((observer, accused)).or_insert(now)) >= FAILED_AFTER
-                    && !self.astray.contains(&observer)
-                {
+                    continue;
+                }
+                // Each process has its own time to be heard.
+                let name = &self.nodes[accused].name;
+                let process = self.registry.node(name).map_or(Incarnation(0), |state| state.incarnation);
+                let unheard = self.unheard.entry((observer, accused)).or_insert((process, now));
+                if unheard.0 != process {
+                    *unheard = (process, now);
+                }
+                if now.since(unheard.1) >= FAILED_AFTER && !self.astray.contains(&observer) {
                     observers.push(self.nodes[observer].name.clone());
                 }
             }

@@ -269,7 +269,7 @@ impl World {
                 let message = Message::Evict { key, birth: manifest.birth };
                 let (from, to) = (member.clone(), primary.clone());
                 let set = std::sync::Arc::clone(replica.set());
-                asked.push(Envelope { shard: replica.id(), from, to, set, message });
+                asked.push(Envelope { shard: replica.id(), from, to, set, sent: 0, message });
             }
         }
         for envelope in asked.into_iter().take(2) {

@@ -42,6 +42,7 @@ impl World {
             from: asked.to.clone(),
             to: asked.from.clone(),
             set: Arc::clone(&asked.set),
+            sent: 0,
             message,
         };
         let Some(life) = self.nodes[to].process.as_ref().map(|process| process.life) else { return };

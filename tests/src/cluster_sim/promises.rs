@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use keepwarm_core::registry::Member;
-use keepwarm_core::session::{Manifest, State};
+use keepwarm_core::session::{self, Manifest};
 use keepwarm_types::{Birth, Bytes, Generation, SessionKey, ShardId};
 
 use crate::sim::oracle::Oracle;
@@ -19,6 +19,9 @@ pub struct Told {
     pub evicting: bool,
 }
 
+/// One state of one life of a session.
+pub type State = (SessionKey, Birth, u64);
+
 /// All that was promised.
 #[derive(Debug, Default)]
 pub struct Promises {
@@ -30,6 +33,8 @@ pub struct Promises {
     pub gone: BTreeSet<Member>,
     /// Who answered for a shard in each generation.
     pub primaries: BTreeMap<(ShardId, Generation), Member>,
+    /// By state, every placement of its bytes that was on its way to a disk.
+    pub placements: BTreeMap<State, Vec<Arc<[Member]>>>,
     /// Shards whose every catalog was lost.
     lost: BTreeSet<SessionKey>,
 }
@@ -46,12 +51,23 @@ impl Promises {
         }
     }
 
+    /// A primary decides who holds a state's bytes.
+    pub fn placed(&mut self, manifest: &Manifest) {
+        if manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
+            let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
+            let all = self.placements.entry(state).or_default();
+            if !all.contains(&manifest.holders) {
+                all.push(Arc::clone(&manifest.holders));
+            }
+        }
+    }
+
     /// A client sees a session in this state.
     pub fn saw(&mut self, manifest: &Manifest) {
         let (birth, revision) = (manifest.birth, manifest.revision.0);
         let known = self.told.get(&manifest.key);
         let newer = known.is_none_or(|told| told.birth != birth || told.revision < revision);
-        if newer && manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO {
+        if newer && manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
             let holders = Arc::clone(&manifest.holders);
             self.told.insert(manifest.key.clone(), Told { birth, revision, holders, evicting: false });
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use keepwarm_core::registry::Entry;
 use keepwarm_core::replica::{Content, Envelope, Message, Replica, ReplicaCommand, ReplicaEvent};
 use keepwarm_core::session::{Manifest, TranscriptDelta};
-use keepwarm_core::shard::{Answer, Command, Refusal, Request, RequestId, Verb};
+use keepwarm_core::shard::{Answer, Command, Record, Refusal, Request, RequestId, Verb};
 use keepwarm_types::{InstanceId, SessionKey, ShardId, Timestamp, Tokens};
 
 use super::bug::Bug;
@@ -99,6 +99,11 @@ impl World {
         match command {
             ReplicaCommand::Shard(command) => self.keep(at, command),
             ReplicaCommand::Persist(ticket, records) => {
+                for record in &records {
+                    if let Record::Manifest(manifest, _) = record {
+                        self.promises.placed(manifest);
+                    }
+                }
                 self.nodes[at].disk.submit(shard, ticket, records);
                 if !self.nodes[at].disk.syncing {
                     self.nodes[at].disk.syncing = true;
@@ -304,7 +309,12 @@ pub fn brief(message: &Message) -> String {
             format!("Prepare {} {:?} -> {} {record}", prepare.key, prepare.previous.map(|s| s.to_string()), prepare.stamp)
         }
         Message::Install(install) => {
-            format!("Install {} {:?}", install.key, install.content.head().map(|s| s.to_string()))
+            let tokens = match &install.content {
+                Content::Live(_, transcript) => transcript.tokens.len(),
+                Content::Ended(_) | Content::Absent => 0,
+            };
+            let head = install.content.head().map(|stamp| stamp.to_string());
+            format!("Install {} {head:?} with {tokens} tokens", install.key)
         }
         Message::Compare(compare) => format!("Compare {} {:?} {} heads", compare.id, compare.span, compare.heads.len()),
         other => format!("{other:?}").chars().take(200).collect(),

@@ -135,7 +135,7 @@ pub struct World {
     /// Directed links that let nothing through.
     pub cut: BTreeMap<(usize, usize), u32>,
     /// Since when each node does not hear each other one.
-    pub unheard: BTreeMap<(usize, usize), Timestamp>,
+    pub unheard: BTreeMap<(usize, usize), (Incarnation, Timestamp)>,
     pub promises: Promises,
     pub healed: bool,
     queue: BTreeMap<(Timestamp, u64), Happening>,

@@ -16,12 +16,19 @@ use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb
 #[derive(Debug, Default)]
 pub(super) struct Rounds {
     /// The last round that was begun.
-    begun: u64,
+    pub(super) begun: u64,
     at: Timestamp,
     /// The last round that the registry confirmed.
     registry: u64,
     /// Round, request, and when it came.
     pub(super) waiting: VecDeque<(u64, RequestId, Timestamp)>,
+}
+
+impl Rounds {
+    /// Rounds of an earlier office are never taken for those of this one.
+    pub(super) fn after(begun: u64) -> Self {
+        Self { begun, ..Self::default() }
+    }
 }
 
 impl Replica {
@@ -220,7 +227,7 @@ impl Replica {
         self.resend(now, None, out);
         self.give_up_waiting(now, out);
         self.doubt_late_changes(now, out);
-        self.tell_commits(out);
+        self.tell_commits(now, out);
         self.heal(now, out);
         self.fetched(now, out);
         self.touched(now, out);
@@ -247,6 +254,7 @@ impl Replica {
                 self.compared(now, from, id, differing, lacking, out);
             }
             Message::Installed { key, head, holding } => self.installed(now, from, &key, head, holding, out),
+            Message::Noted { heads, before } => self.noted(from, &heads, before),
             Message::Confirmed { round } => self.confirmed(now, from, round, out),
             Message::Evict { key, birth } => self.asked_to_evict(now, &key, birth, out),
             Message::Prepare(_)

@@ -125,7 +125,8 @@ impl Replica {
         let wanted = self.settings.replication.min(self.set.replicas.len());
         let Part::Primary(office) = &mut self.part else { return };
         let under_way = office.copying.values().any(|copy| copy.heals() == Some(key));
-        if under_way || office.shard.changing(key) {
+        // A transcript that is not on disk yet would be missed by a change that keeps it.
+        if under_way || office.shard.changing(key) || self.saving.contains_key(key) {
             return;
         }
         let manifest = match office.shard.committed(key) {
@@ -247,7 +248,9 @@ impl Replica {
         let me = &self.settings.member;
         let Part::Primary(office) = &mut self.part else { return };
         let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
-        let Some(manifest) = manifest.filter(|_| !office.shard.changing(key)) else {
+        let Some(manifest) =
+            manifest.filter(|_| !office.shard.changing(key) && !self.saving.contains_key(key))
+        else {
             if !brought.is_empty() {
                 out.push(release(brought));
             }
@@ -288,6 +291,9 @@ impl Replica {
         birth: Birth,
         out: &mut Vec<ReplicaCommand>,
     ) {
+        if self.saving.contains_key(key) {
+            return;
+        }
         let cold = Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };
         self.ask_shard(now, key.clone(), cold, out);
     }

@@ -88,7 +88,10 @@ impl Office {
             || !self.unsettled.is_empty()
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
-            || self.peers.iter().any(|peer| peer.learner || !peer.filled() || !peer.notices.is_empty())
+            || self
+                .peers
+                .iter()
+                .any(|peer| peer.learner || !peer.filled() || !peer.settled_noted || !peer.notices.is_empty())
     }
 
     pub(super) fn validate(&self, set: &ReplicaSet) {
@@ -150,13 +153,13 @@ impl Replica {
             changes: BTreeMap::new(),
             changing: HashMap::new(),
             asked: BTreeMap::new(),
-            questions: 0,
+            questions: self.before.0,
             swept: false,
             settled: BTreeSet::new(),
             unsettled: BTreeMap::new(),
             unfetched: BTreeMap::new(),
             stale,
-            rounds: Rounds::default(),
+            rounds: Rounds::after(self.before.1),
             copying: BTreeMap::new(),
             sick,
             owned: 0,
@@ -201,6 +204,7 @@ impl Replica {
         let empty = Part::Follower(Follower::default());
         let Part::Primary(office) = std::mem::replace(&mut self.part, empty) else { return };
         let moving = || Refusal::Moving("the session's owner has changed");
+        self.before = (office.questions, office.rounds.begun);
         let mut freed = Vec::new();
         for (id, copy) in office.copying {
             if let CopyFor::Fetch { blocks, .. } = copy {
@@ -220,7 +224,16 @@ impl Replica {
         let mut copies: BTreeMap<_, _> = graves
             .into_iter()
             .map(|(key, grave)| {
-                (key, Copy { head: Head::Ended(grave), holding: false, bare: false, extra: Vec::new() })
+                (
+                    key,
+                    Copy {
+                        head: Head::Ended(grave),
+                        holding: false,
+                        bare: false,
+                        extra: Vec::new(),
+                        heard: 0,
+                    },
+                )
             })
             .collect();
         let mut orphans = Vec::new();
@@ -267,7 +280,7 @@ impl Replica {
             }
             if let Some(head) = head {
                 let holding = matches!(&head, Head::Live(manifest) if held(manifest));
-                copies.insert(key, Copy { head, holding, bare: false, extra });
+                copies.insert(key, Copy { head, holding, bare: false, extra, heard: 0 });
             }
         }
         for (key, instances) in office.stale {
@@ -279,7 +292,7 @@ impl Replica {
         if !freed.is_empty() {
             out.push(release(freed));
         }
-        self.part = Part::Follower(Follower { copies });
+        self.part = Part::Follower(Follower { copies, dropped: 0 });
         orphans.into_iter().for_each(|ticket| self.orphan(ticket));
     }
 

@@ -75,6 +75,10 @@ pub struct Replica {
     pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
     /// Bytes that were being fetched when the office ended: they go when they are there.
     pub(super) unwanted: BTreeMap<CopyId, Vec<InstanceId>>,
+    /// Messages sent so far.
+    sent: u64,
+    /// Questions and rounds of earlier offices: an answer to one of them is never taken for one to a later.
+    pub(super) before: (u64, u64),
 }
 
 impl Replica {
@@ -95,7 +99,7 @@ impl Replica {
         Self {
             settings,
             set: Arc::new(set),
-            part: Part::Follower(Follower { copies: live.chain(ended).collect() }),
+            part: Part::Follower(Follower { copies: live.chain(ended).collect(), dropped: 0 }),
             tickets: 0,
             copies: 0,
             local: HashMap::new(),
@@ -103,6 +107,8 @@ impl Replica {
             retries: Vec::new(),
             inbox: BTreeMap::new(),
             unwanted: BTreeMap::new(),
+            sent: 0,
+            before: (0, 0),
         }
     }
 
@@ -189,9 +195,9 @@ impl Replica {
 
     /// What to tell the primary when this node has no room for a session's bytes.
     #[must_use]
-    pub fn ask_to_evict(&self, key: &SessionKey, birth: Birth) -> Option<Envelope> {
-        let primary = self.set.replicas.first().filter(|primary| **primary != self.settings.member)?;
-        Some(self.envelope(primary, Message::Evict { key: key.clone(), birth }))
+    pub fn ask_to_evict(&mut self, key: &SessionKey, birth: Birth) -> Option<Envelope> {
+        let primary = self.set.replicas.first().filter(|primary| **primary != self.settings.member)?.clone();
+        Some(self.envelope(&primary, Message::Evict { key: key.clone(), birth }))
     }
 
     /// A session's head here: its last change that may be on disk.
@@ -288,7 +294,13 @@ impl Replica {
             return;
         }
         let first = set.replicas.first() == Some(&self.settings.member);
+        let same = set.replicas.first() == self.set.replicas.first();
         self.set = Arc::clone(set);
+        if let Part::Follower(follower) = &mut self.part
+            && !same
+        {
+            follower.listen_anew();
+        }
         match (&self.part, first) {
             (Part::Primary(_), true) => self.keep_office(now, out),
             (Part::Primary(_), false) => self.leave_office(out),
@@ -303,7 +315,7 @@ impl Replica {
     /// Takes what another replica says, if it is meant for this process and comes from one that counts.
     //= GUARANTEES.md#G11
     fn peer(&mut self, now: Timestamp, envelope: Envelope, out: &mut Vec<ReplicaCommand>) {
-        let Envelope { from, to, set, message, .. } = envelope;
+        let Envelope { from, to, set, sent, message, .. } = envelope;
         if to != self.settings.member {
             return;
         }
@@ -322,22 +334,25 @@ impl Replica {
         match &self.part {
             Part::Primary(_) => self.answered(now, &from, message, out),
             Part::Follower(_) if self.set.replicas.first() == Some(&from) && self.role() != Role::Idle => {
-                self.told(from, message, out);
+                self.told(from, sent, message, out);
             }
             Part::Follower(_) => {}
         }
     }
 
-    pub(super) fn say(&self, to: &Member, message: Message, out: &mut Vec<ReplicaCommand>) {
-        out.push(ReplicaCommand::Send(self.envelope(to, message)));
+    pub(super) fn say(&mut self, to: &Member, message: Message, out: &mut Vec<ReplicaCommand>) {
+        let envelope = self.envelope(to, message);
+        out.push(ReplicaCommand::Send(envelope));
     }
 
-    pub(super) fn envelope(&self, to: &Member, message: Message) -> Envelope {
+    pub(super) fn envelope(&mut self, to: &Member, message: Message) -> Envelope {
+        self.sent += 1;
         Envelope {
             shard: self.settings.shard,
             from: self.settings.member.clone(),
             to: to.clone(),
             set: Arc::clone(&self.set),
+            sent: self.sent,
             message,
         }
     }
@@ -406,7 +421,7 @@ impl Replica {
     ) {
         let Some(saving) = self.local.remove(&ticket) else { return };
         if let Then::Change(change) = saving.then
-            && self.not_saved_here(now, change, error, &records, out)
+            && self.not_saved_here(now, change, error, out)
         {
             return;
         }

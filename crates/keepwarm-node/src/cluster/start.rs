@@ -86,13 +86,12 @@ pub(crate) async fn join(
         .ok_or_else(|| JoinError::NoBootstrap(config.path_of(BootstrapFile::FILE)))?;
     let cluster_id = bootstrap.id.as_u128();
     let listen = address(node).await?;
-    let tls = config.tls.as_ref().map_or(TlsMaterial::LoopbackOnly, |tls| {
-        TlsMaterial::Files(TlsPaths {
-            ca: tls.ca.clone(),
-            certificate: tls.dir.join(format!("{}.pem", node.name)),
-            key: tls.dir.join(format!("{}.key", node.name)),
-        })
+    let files = config.tls.as_ref().map(|tls| TlsPaths {
+        ca: tls.ca.clone(),
+        certificate: tls.dir.join(format!("{}.pem", node.name)),
+        key: tls.dir.join(format!("{}.key", node.name)),
     });
+    let tls = files.clone().map_or(TlsMaterial::LoopbackOnly, TlsMaterial::Files);
     // Links tell starts apart before the registry has given this one its number: by when they began.
     let local = PeerId { node: node.name.clone(), incarnation: Incarnation(now().0) };
     let settings = QuicSettings { local, cluster: config.name.clone(), cluster_id, listen, tls };
@@ -109,6 +108,8 @@ pub(crate) async fn join(
     let begun = Arc::new(OnceLock::new());
     let inbound = tokio::spawn(inbound::run(incoming, registry.clone(), Arc::clone(&begun)));
     let certificate = transport.fingerprint();
+    let renewing =
+        files.map(|files| tokio::spawn(watch::renew(Arc::clone(&transport), files)).abort_handle());
     let registration = Registration {
         node: node.name.clone(),
         disk: recovered.disk_id,
@@ -140,7 +141,7 @@ pub(crate) async fn join(
         layouts: LayoutCache::new(),
         handle: OnceLock::new(),
         relays,
-        tasks: std::sync::Mutex::new(vec![inbound.abort_handle()]),
+        tasks: std::sync::Mutex::new([inbound.abort_handle()].into_iter().chain(renewing).collect()),
     });
     let _ = begun.set(Arc::clone(&cluster));
     Ok(Joined { cluster, relays: incoming_relays, suspect_after: config.suspect_after })

@@ -4,12 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keepwarm_core::registry::{HealthReport, NodeStatus, Unheard};
+use keepwarm_transport::certificate::TlsPaths;
+use keepwarm_transport::quic::QuicTransport;
 use keepwarm_types::Millis;
 
 use super::Cluster;
 use crate::handle::Handle;
 use crate::shard::ShardMsg;
 
+/// How often the certificates' files are looked at.
+const CERTIFICATES_EVERY: Duration = Duration::from_secs(2);
 /// How often this node tells the registry's leader whom it does not hear.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 
@@ -37,9 +41,10 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             }
         }
         cluster.told.send_replace(Arc::clone(&registry));
-        if let Some(why) = superseded(&cluster, &registry) {
-            handle.fail(why);
-            return;
+        match fate(&cluster, &registry) {
+            Fate::GoesOn => {}
+            Fate::Replaced(why) => return handle.fail(why),
+            Fate::Superseded(why) => return handle.supersede(why),
         }
         if map.changed().await.is_err() {
             return;
@@ -47,19 +52,28 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
     }
 }
 
-/// Whether the cluster goes on without this process.
-fn superseded(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -> Option<String> {
+/// What the registry has made of this process.
+enum Fate {
+    GoesOn,
+    /// Another process has its name.
+    Replaced(String),
+    /// It was taken for failed, and nothing needs it as it is: it may join anew.
+    Superseded(String),
+}
+
+fn fate(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -> Fate {
     let me = cluster.member();
-    let state = registry.node(&me.node)?;
+    let Some(state) = registry.node(&me.node) else { return Fate::GoesOn };
     if state.incarnation > me.incarnation {
-        return Some(format!("another process has registered as node '{}'", me.node));
+        return Fate::Replaced(format!("another process has registered as node '{}'", me.node));
     }
-    let needed =
-        registry.shards().any(|shard| registry.set(shard).is_some_and(|set| set.replicas.contains(me)));
-    if state.status == NodeStatus::Down && !needed {
-        return Some("the cluster took this process for failed and went on without it".to_owned());
+    let has = |shard| registry.set(shard).is_some_and(|set| set.replicas.contains(me));
+    if state.status == NodeStatus::Down && !registry.shards().any(has) {
+        return Fate::Superseded(
+            "the cluster took this process for failed and went on without it".to_owned(),
+        );
     }
-    None
+    Fate::GoesOn
 }
 
 /// Reports the peers that have been silent for too long.
@@ -88,5 +102,29 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             from_incarnation: me.incarnation,
             unheard,
         });
+    }
+}
+
+/// Takes new certificates into use when their files change; while they do not fit each other, the old ones stay.
+pub(super) async fn renew(transport: Arc<QuicTransport>, files: TlsPaths) {
+    let stamps = |files: &TlsPaths| {
+        [&files.ca, &files.certificate, &files.key]
+            .map(|path| std::fs::metadata(path).and_then(|file| file.modified()).ok())
+    };
+    let mut seen = stamps(&files);
+    loop {
+        tokio::time::sleep(CERTIFICATES_EVERY).await;
+        let now = stamps(&files);
+        if now == seen {
+            continue;
+        }
+        match transport.reload() {
+            Ok(()) => {
+                tracing::info!("new certificates are in use");
+                seen = now;
+            }
+            // A renewal replaces one file after the other: the next look finds them whole.
+            Err(error) => tracing::warn!(%error, "the certificates have changed and do not fit yet"),
+        }
     }
 }

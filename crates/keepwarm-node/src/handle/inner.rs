@@ -66,6 +66,8 @@ pub(crate) struct Inner {
     pub(super) contexts: Mutex<HashMap<(GpuIndex, String), ContextInfo>>,
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
+    /// Whether this process may begin anew: the cluster went on without it.
+    superseded: AtomicBool,
     fail: watch::Sender<Option<String>>,
 }
 
@@ -81,6 +83,7 @@ impl Inner {
             checkpoints: Mutex::default(),
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
             config: parts.config,
             node: parts.node,
             catalog: parts.catalog,
@@ -173,6 +176,16 @@ impl Handle {
 
     pub(super) fn serving(&self) -> bool {
         self.inner.serving.load(Ordering::SeqCst)
+    }
+
+    /// The cluster went on without this process, which can begin anew and join again.
+    pub(crate) fn supersede(&self, reason: String) {
+        self.inner.superseded.store(true, Ordering::SeqCst);
+        self.fail(reason);
+    }
+
+    pub(crate) fn superseded(&self) -> bool {
+        self.inner.superseded.load(Ordering::SeqCst)
     }
 
     pub(crate) fn fail(&self, reason: String) {

@@ -167,6 +167,12 @@ impl Node {
         self.relays.take()
     }
 
+    /// Whether the node cannot go on because the cluster took it for failed: a new start joins again.
+    #[must_use]
+    pub fn superseded(&self) -> bool {
+        self.handle.superseded()
+    }
+
     /// Resolves when the node cannot go on, with the reason.
     pub async fn failed(&mut self) -> String {
         match self.failed.wait_for(Option::is_some).await {

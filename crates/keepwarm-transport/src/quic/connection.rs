@@ -20,6 +20,9 @@ use crate::link::{ByteStream, Class, Counts, Incoming, LinkError, PeerId, Respon
 
 /// How often a peer shows that it is there.
 const HEARTBEAT: Duration = Duration::from_millis(50);
+/// A connection over which nothing was heard for so long is given up and made anew: its peer may have been started
+/// again, and knows nothing of it. Longer than a suspicion, so that a slow peer is not cut off for being suspected.
+const SILENCE_MAX: Duration = Duration::from_millis(700);
 /// First byte of a stream of heartbeats, and of one of frames.
 const HEARTBEATS: u8 = 1;
 const FRAMES: u8 = 2;
@@ -186,7 +189,13 @@ pub(super) async fn run(shared: &Arc<Shared>, up: Up) -> String {
     let mut tasks = JoinSet::new();
     tasks.spawn(accept_streams(Arc::clone(shared), connection.clone(), id.clone(), counts));
     tasks.spawn(accept_one_way(Arc::clone(shared), connection.clone(), id.clone()));
-    let why = connection.closed().await.to_string();
+    let why = tokio::select! {
+        why = connection.closed() => why.to_string(),
+        () = silence(shared, &id) => {
+            connection.close(VarInt::from_u32(6), b"silent");
+            format!("nothing was heard of it for {} ms", SILENCE_MAX.as_millis())
+        }
+    };
     tasks.shutdown().await;
     let last = {
         let mut peers = shared.peers();
@@ -204,6 +213,19 @@ pub(super) async fn run(shared: &Arc<Shared>, up: Up) -> String {
         let _ = shared.incoming.send(Incoming::Down(id, why.clone())).await;
     }
     why
+}
+
+/// Resolves once nothing was heard of a peer for too long.
+async fn silence(shared: &Shared, id: &PeerId) {
+    let mut ticks = tokio::time::interval(HEARTBEAT);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let heard = shared.peers().get(&id.node).and_then(|peer| peer.heard);
+        if heard.is_none_or(|heard| heard.elapsed() > SILENCE_MAX) {
+            return;
+        }
+    }
 }
 
 async fn beat(connection: Connection) {

@@ -273,6 +273,9 @@ pub(crate) fn messages() -> Vec<BoxedStrategy<Message>> {
         prepare().boxed(),
         heads().prop_map(Message::Committed).boxed(),
         count().prop_map(|before| Message::Settled { before: Generation(before) }).boxed(),
+        (heads(), option::of(count()))
+            .prop_map(|(heads, before)| Message::Noted { heads, before: before.map(Generation) })
+            .boxed(),
         (any::<u64>(), span(), heads())
             .prop_map(|(id, span, heads)| Message::Compare(Compare { id, span, heads }))
             .boxed(),
@@ -296,12 +299,13 @@ pub(crate) fn messages() -> Vec<BoxedStrategy<Message>> {
 
 /// An envelope around such a message.
 pub(crate) fn around(message: BoxedStrategy<Message>) -> BoxedStrategy<Envelope> {
-    (0..65_536u32, member(), member(), set(), message)
-        .prop_map(|(shard, from, to, set, message)| Envelope {
+    (0..65_536u32, member(), member(), set(), count(), message)
+        .prop_map(|(shard, from, to, set, sent, message)| Envelope {
             shard: ShardId(shard),
             from,
             to,
             set: Arc::new(set),
+            sent,
             message,
         })
         .boxed()

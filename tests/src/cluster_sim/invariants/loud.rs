@@ -18,12 +18,17 @@ pub fn check(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     if reason == ColdReason::Evicted {
         return Err(format!("{}: evicted, and nobody asked for it", manifest.key));
     }
-    let gone = told.holders.iter().filter(|holder| world.promises.gone.contains(holder)).count();
-    let copies = told.holders.len().min(world.shape.replication);
-    if gone < copies {
+    // The bytes may have been placed anew since: some placement of this state must have lost its holders.
+    let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
+    let all = world.promises.placements.get(&state).map(Vec::as_slice).unwrap_or_default();
+    let gone = |holder: &&keepwarm_core::registry::Member| world.promises.gone.contains(holder);
+    let lost = all.iter().any(|holders| {
+        holders.iter().filter(gone).count() >= holders.len().min(world.shape.replication)
+    });
+    if !lost {
         return Err(format!(
-            "{}: cold ({reason}) at revision {}, though only {gone} of its holders {:?} have gone",
-            manifest.key, manifest.revision, told.holders
+            "{}: cold ({reason}) at revision {}, though too few of its holders have gone: {all:?}",
+            manifest.key, manifest.revision
         ));
     }
     Ok(())
