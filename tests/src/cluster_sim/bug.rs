@@ -23,7 +23,7 @@ pub enum Bug {
     OldSetForgotten,
     /// What a change supersedes is given back as soon as the change is prepared.
     FreedOnPrepare,
-    /// Blocks that are being sent are given to somebody else.
+    /// Blocks that bytes are arriving into are given to somebody else as well.
     ReusedUnderTransfer,
     /// Where bytes arrive, blocks are looked up by their session's id alone.
     TenantDropped,

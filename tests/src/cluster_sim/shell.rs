@@ -104,6 +104,7 @@ impl World {
                         self.promises.placed(manifest);
                     }
                 }
+                self.free_early(at, shard, &records);
                 self.nodes[at].disk.submit(shard, ticket, records);
                 if !self.nodes[at].disk.syncing {
                     self.nodes[at].disk.syncing = true;

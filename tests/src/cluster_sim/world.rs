@@ -172,7 +172,11 @@ fn shape(rng: &mut ChaCha8Rng) -> Shape {
 impl World {
     pub fn new(options: Options) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-        let shape = shape(&mut rng);
+        let mut shape = shape(&mut rng);
+        if options.bug == Some(Bug::NotReconciled) {
+            // What differs at a take-over is what got lost.
+            shape.loss = 300;
+        }
         let shards = ShardCount::new(shape.shards.into()).unwrap();
         let nodes = (0..shape.nodes).map(|index| Node::new(index, &mut rng)).collect();
         let mut world = Self {
