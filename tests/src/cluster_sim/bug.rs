@@ -53,4 +53,15 @@ impl Bug {
         Self::NoAfterPrepare,
         Self::ConfirmedByOne,
     ];
+
+    /// Within so many seeds it is found.
+    #[must_use]
+    pub const fn found_within(self) -> u64 {
+        match self {
+            // Several things must go wrong at once.
+            Self::NotReconciled => 200,
+            Self::ConfirmedByOne => 100,
+            _ => 20,
+        }
+    }
 }

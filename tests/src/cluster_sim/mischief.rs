@@ -72,9 +72,9 @@ impl World {
             Message::Prepare(prepare)
                 if self.options.bug == Some(Bug::DuplicateByRevision)
                     && matches!(&prepare.record, Record::Manifest(next, _)
-                        if replica.manifest(&prepare.key).is_some_and(|here| {
-                            here.birth == next.birth && here.revision == next.revision
-                        })) =>
+                    if replica.manifest(&prepare.key).is_some_and(|here| {
+                        here.birth == next.birth && here.revision == next.revision
+                    })) =>
             {
                 Message::Prepared { key: prepare.key.clone(), stamp: prepare.stamp, holding: true }
             }
@@ -90,7 +90,9 @@ impl World {
     /// Heads of a comparison, as a bug lets them be compared.
     fn mistake_heads(&mut self, from: usize, at: usize, envelope: &mut Envelope) {
         let shard = envelope.shard;
-        let (Some(sender), Some(receiver)) = (self.replica(from, shard), self.replica(at, shard)) else { return };
+        let (Some(sender), Some(receiver)) = (self.replica(from, shard), self.replica(at, shard)) else {
+            return;
+        };
         let bug = self.options.bug;
         let taken = |key: &SessionKey, stamp: Stamp| -> Stamp {
             let here = receiver.manifest(key);
@@ -122,7 +124,9 @@ impl World {
 
     /// What a primary's change supersedes goes before the change is committed.
     pub fn free_early(&mut self, at: usize, shard: ShardId, records: &[Record]) {
-        let Some(replica) = self.replica(at, shard).filter(|replica| replica.role() == Role::Primary) else { return };
+        let Some(replica) = self.replica(at, shard).filter(|replica| replica.role() == Role::Primary) else {
+            return;
+        };
         let mut freed = Vec::new();
         for record in records {
             let Record::Manifest(next, _) = record else { continue };

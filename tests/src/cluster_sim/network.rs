@@ -147,7 +147,8 @@ impl World {
             let mut content = slot.content.clone();
             if reused && let Some(receiver) = &self.nodes[target].process {
                 // Whoever got the same memory writes into it at the same time.
-                let other = receiver.memory.slots().map(|(_, slot)| &slot.content).find(|other| **other != content);
+                let other =
+                    receiver.memory.slots().map(|(_, slot)| &slot.content).find(|other| **other != content);
                 content = other.cloned().unwrap_or(content);
             }
             let of = (transfer.key.tenant.clone(), transfer.key.id);

@@ -248,7 +248,9 @@ impl Replica {
         let me = &self.settings.member;
         let Part::Primary(office) = &mut self.part else { return };
         let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
-        let Some(manifest) = manifest.filter(|_| !office.shard.changing(key) && !self.saving.contains_key(key)) else {
+        let Some(manifest) =
+            manifest.filter(|_| !office.shard.changing(key) && !self.saving.contains_key(key))
+        else {
             if !brought.is_empty() {
                 out.push(release(brought));
             }

@@ -88,9 +88,10 @@ impl Office {
             || !self.unsettled.is_empty()
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
-            || self.peers.iter().any(|peer| {
-                peer.learner || !peer.filled() || !peer.settled_noted || !peer.notices.is_empty()
-            })
+            || self
+                .peers
+                .iter()
+                .any(|peer| peer.learner || !peer.filled() || !peer.settled_noted || !peer.notices.is_empty())
     }
 
     pub(super) fn validate(&self, set: &ReplicaSet) {
@@ -223,7 +224,16 @@ impl Replica {
         let mut copies: BTreeMap<_, _> = graves
             .into_iter()
             .map(|(key, grave)| {
-                (key, Copy { head: Head::Ended(grave), holding: false, bare: false, extra: Vec::new(), heard: 0 })
+                (
+                    key,
+                    Copy {
+                        head: Head::Ended(grave),
+                        holding: false,
+                        bare: false,
+                        extra: Vec::new(),
+                        heard: 0,
+                    },
+                )
             })
             .collect();
         let mut orphans = Vec::new();

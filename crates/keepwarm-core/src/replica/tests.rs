@@ -4,15 +4,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, Generation, Incarnation, InstanceId, SessionId, SessionKey, ShardCount, ShardId,
-    Timestamp,
+    Birth, BlockChecksum, Bytes, Generation, Incarnation, InstanceId, SessionId, SessionKey, ShardCount,
+    ShardId, Timestamp,
 };
 use uuid::Uuid;
 
 use super::*;
 use crate::registry::{Change, Member, ReplicaSet};
 use crate::session::{BlockRef, Form, Labels, Layout, Part, Protect};
-use crate::shard::{Answer, Command, Create, Precondition, Refusal, Request, RequestId, Verb, Write, WriteMode};
+use crate::shard::{
+    Answer, Command, Create, Precondition, Refusal, Request, RequestId, Verb, Write, WriteMode,
+};
 
 const NOW: Timestamp = Timestamp(1_000);
 
@@ -287,7 +289,9 @@ fn an_answer_is_kept_until_every_secondary_has_confirmed_the_generation() {
             confirmed.extend(net.replicas[at].on(NOW, ReplicaEvent::Peer(envelope)));
         }
     }
-    let [ReplicaCommand::Send(one), ReplicaCommand::Send(two)] = &confirmed[..] else { panic!("{confirmed:?}") };
+    let [ReplicaCommand::Send(one), ReplicaCommand::Send(two)] = &confirmed[..] else {
+        panic!("{confirmed:?}")
+    };
     assert!(net.replicas[0].on(NOW, ReplicaEvent::Peer(one.clone())).is_empty());
     let after = net.replicas[0].on(NOW, ReplicaEvent::Peer(two.clone()));
     assert!(matches!(after[..], [ReplicaCommand::Deliver(RequestId(3))]), "{after:?}");
