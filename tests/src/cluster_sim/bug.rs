@@ -23,7 +23,7 @@ pub enum Bug {
     OldSetForgotten,
     /// What a change supersedes is given back as soon as the change is prepared.
     FreedOnPrepare,
-    /// Blocks that are being sent are given to somebody else.
+    /// Blocks that bytes are arriving into are given to somebody else as well.
     ReusedUnderTransfer,
     /// Where bytes arrive, blocks are looked up by their session's id alone.
     TenantDropped,
@@ -53,4 +53,15 @@ impl Bug {
         Self::NoAfterPrepare,
         Self::ConfirmedByOne,
     ];
+
+    /// Within so many seeds it is found.
+    #[must_use]
+    pub const fn found_within(self) -> u64 {
+        match self {
+            // Several things must go wrong at once.
+            Self::NotReconciled => 200,
+            Self::ConfirmedByOne => 100,
+            _ => 20,
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! What goes wrong, when, and how it ends.
 
-use keepwarm_core::replica::{Envelope, Message, ReplicaEvent, Role};
 use keepwarm_core::registry::Entry;
+use keepwarm_core::replica::{Envelope, Message, ReplicaEvent, Role};
 use keepwarm_types::ShardId;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -19,23 +19,54 @@ const FORMING_MS: u64 = 300;
 #[derive(Debug, Clone)]
 pub enum Fault {
     /// Memory is lost; the node starts again after so long, perhaps on an empty disk.
-    Crash { node: usize, down: u64, emptied: bool },
+    Crash {
+        node: usize,
+        down: u64,
+        emptied: bool,
+    },
     /// Nothing happens in the process; then all that waited does.
-    Pause { node: usize, lasts: u64 },
+    Pause {
+        node: usize,
+        lasts: u64,
+    },
     /// One way.
-    Cut { pairs: Vec<(usize, usize)>, lasts: u64 },
+    Cut {
+        pairs: Vec<(usize, usize)>,
+        lasts: u64,
+    },
     /// The registry answers nobody.
-    Stall { lasts: u64 },
+    Stall {
+        lasts: u64,
+    },
     /// A node hears nothing of the registry, nor it of the node.
-    Astray { node: usize, lasts: u64 },
-    DiskFull { node: usize, lasts: u64 },
-    DiskBreaks { node: usize },
+    Astray {
+        node: usize,
+        lasts: u64,
+    },
+    DiskFull {
+        node: usize,
+        lasts: u64,
+    },
+    DiskBreaks {
+        node: usize,
+    },
     /// A node's memory takes nothing more; it asks that sessions leave.
-    Full { node: usize, lasts: u64 },
+    Full {
+        node: usize,
+        lasts: u64,
+    },
     /// Two take a healthy node for failed.
-    Accuse { node: usize },
-    Drain { node: usize, lasts: u64 },
-    ClockJumps { node: usize, by: u64 },
+    Accuse {
+        node: usize,
+    },
+    Drain {
+        node: usize,
+        lasts: u64,
+    },
+    ClockJumps {
+        node: usize,
+        by: u64,
+    },
     /// All at once.
     CrashAll,
 }
@@ -48,6 +79,9 @@ impl World {
             let lasts = rng.random_range(1_000..3_000);
             let at = rng.random_range(FORMING_MS..FAULTS_MS - lasts);
             self.after(at, Happening::Fault(Fault::Drain { node: rng.random_range(0..nodes), lasts }));
+        }
+        if self.bug(Bug::ConfirmedByOne) {
+            self.split_pairs(rng);
         }
         for _ in 0..rng.random_range(2..8) {
             let at = rng.random_range(FORMING_MS..FAULTS_MS - 200);
@@ -65,6 +99,12 @@ impl World {
                 6..9 => Fault::Pause { node, lasts },
                 9..12 => {
                     let here: Vec<_> = (0..nodes).map(|_| rng.random_range(0..2) == 0).collect();
+                    if rng.random_range(0..2) == 0 {
+                        // The registry is with the others.
+                        for node in (0..nodes).filter(|node| here[*node]) {
+                            self.after(at, Happening::Fault(Fault::Astray { node, lasts: lasts + 100 }));
+                        }
+                    }
                     let all = (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b)));
                     Fault::Cut { pairs: all.filter(|(a, b)| here[*a] != here[*b]).collect(), lasts }
                 }
@@ -86,6 +126,21 @@ impl World {
             self.after(at, Happening::Fault(fault));
         }
         self.after(FAULTS_MS, Happening::Heal);
+    }
+
+    /// Two nodes at a time stay together without the others and the registry.
+    fn split_pairs(&mut self, rng: &mut ChaCha8Rng) {
+        let nodes = self.shape.nodes;
+        for at in [400, 1_500, 2_600, 3_700] {
+            let first = rng.random_range(0..nodes);
+            let pair = [first, (first + rng.random_range(1..nodes)) % nodes];
+            let all = (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b)));
+            let pairs = all.filter(|(a, b)| pair.contains(a) != pair.contains(b)).collect();
+            self.after(at, Happening::Fault(Fault::Cut { pairs, lasts: 950 }));
+            for node in pair {
+                self.after(at, Happening::Fault(Fault::Astray { node, lasts: 950 }));
+            }
+        }
     }
 
     pub fn fault(&mut self, fault: Fault) {
@@ -262,7 +317,8 @@ impl World {
         for replica in process.replicas.values().filter(|replica| replica.role() == Role::Secondary) {
             let Some(primary) = replica.set().replicas.first() else { continue };
             for key in self.keys.all() {
-                let Some(manifest) = replica.manifest(&key).filter(|manifest| manifest.holders.contains(&member))
+                let Some(manifest) =
+                    replica.manifest(&key).filter(|manifest| manifest.holders.contains(&member))
                 else {
                     continue;
                 };

@@ -28,7 +28,8 @@ impl Keys {
     /// The session of a tenant with this number.
     #[must_use]
     pub fn key(self, tenant: u64, number: u64) -> SessionKey {
-        let shard = if number < SESSIONS { number } else { (number - SESSIONS) / FORKS } % u64::from(self.shards);
+        let shard =
+            if number < SESSIONS { number } else { (number - SESSIONS) / FORKS } % u64::from(self.shards);
         let bits = 0x4000_8000_0000_0000_0000 + (u128::from(shard) << 15) * u128::from(self.shards - 1);
         let id = SessionId::new(Uuid::from_u128(bits + u128::from(number))).unwrap();
         SessionKey::new(TENANTS[usize::from(tenant != 0)].parse().unwrap(), id)

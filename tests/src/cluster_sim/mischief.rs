@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::replica::{Content, Envelope, Message};
+use keepwarm_core::replica::{Content, Envelope, Message, Role};
 use keepwarm_core::session::Stamp;
 use keepwarm_core::shard::Record;
-use keepwarm_types::SessionKey;
+use keepwarm_types::{SessionKey, ShardId};
 
 use super::bug::Bug;
 use super::world::{Happening, Local, World};
@@ -72,9 +72,9 @@ impl World {
             Message::Prepare(prepare)
                 if self.options.bug == Some(Bug::DuplicateByRevision)
                     && matches!(&prepare.record, Record::Manifest(next, _)
-                        if replica.manifest(&prepare.key).is_some_and(|here| {
-                            here.birth == next.birth && here.revision == next.revision
-                        })) =>
+                    if replica.manifest(&prepare.key).is_some_and(|here| {
+                        here.birth == next.birth && here.revision == next.revision
+                    })) =>
             {
                 Message::Prepared { key: prepare.key.clone(), stamp: prepare.stamp, holding: true }
             }
@@ -90,7 +90,9 @@ impl World {
     /// Heads of a comparison, as a bug lets them be compared.
     fn mistake_heads(&mut self, from: usize, at: usize, envelope: &mut Envelope) {
         let shard = envelope.shard;
-        let (Some(sender), Some(receiver)) = (self.replica(from, shard), self.replica(at, shard)) else { return };
+        let (Some(sender), Some(receiver)) = (self.replica(from, shard), self.replica(at, shard)) else {
+            return;
+        };
         let bug = self.options.bug;
         let taken = |key: &SessionKey, stamp: Stamp| -> Stamp {
             let here = receiver.manifest(key);
@@ -117,6 +119,25 @@ impl World {
                 install.content = Content::Absent;
             }
             _ => {}
+        }
+    }
+
+    /// What a primary's change supersedes goes before the change is committed.
+    pub fn free_early(&mut self, at: usize, shard: ShardId, records: &[Record]) {
+        let Some(replica) = self.replica(at, shard).filter(|replica| replica.role() == Role::Primary) else {
+            return;
+        };
+        let mut freed = Vec::new();
+        for record in records {
+            let Record::Manifest(next, _) = record else { continue };
+            let kept: Vec<_> = next.instances().map(|block| block.instance).collect();
+            let old = replica.manifest(&next.key).into_iter().flat_map(|manifest| manifest.instances());
+            freed.extend(old.map(|block| block.instance).filter(|instance| !kept.contains(instance)));
+        }
+        if self.bug(Bug::FreedOnPrepare)
+            && let Some(process) = &mut self.nodes[at].process
+        {
+            freed.into_iter().for_each(|instance| process.memory.unname(instance));
         }
     }
 

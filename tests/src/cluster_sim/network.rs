@@ -59,7 +59,7 @@ impl World {
 
     /// Bytes begin their way; those that are sent are pinned until they are there.
     pub fn transfer(&mut self, at: usize, mut transfer: Transfer) {
-        if !transfer.fetched && !self.bug(Bug::ReusedUnderTransfer) {
+        if !transfer.fetched {
             let Some(process) = &mut self.nodes[at].process else { return };
             let memory = &mut process.memory;
             let absent = transfer.blocks.iter().filter(|block| !memory.pin(block.instance)).count();
@@ -137,16 +137,20 @@ impl World {
 
     /// The blocks as the source has them, verified.
     fn read_out(&mut self, source: usize, target: usize, transfer: &Transfer) -> Result<Bytes, CopyFailed> {
-        let reused = self.bug(Bug::ReusedUnderTransfer);
+        let reused = self.bug(Bug::ReusedUnderTransfer) && self.chance(100);
         let dropped = self.bug(Bug::TenantDropped);
         let Some(process) = &self.nodes[source].process else { return Err(CopyFailed::Unreachable) };
         let mut bytes = Vec::new();
         for block in &transfer.blocks {
             let slot = process.memory.get(block.instance);
-            // Whoever got the memory has written into it since.
-            let other = || process.memory.slots().next().map(|(_, slot)| slot).filter(|_| reused);
-            let Some(slot) = slot.or_else(other) else { return Err(CopyFailed::Gone) };
+            let Some(slot) = slot else { return Err(CopyFailed::Gone) };
             let mut content = slot.content.clone();
+            if reused && let Some(receiver) = &self.nodes[target].process {
+                // Whoever got the same memory writes into it at the same time.
+                let other =
+                    receiver.memory.slots().map(|(_, slot)| &slot.content).find(|other| **other != content);
+                content = other.cloned().unwrap_or(content);
+            }
             let of = (transfer.key.tenant.clone(), transfer.key.id);
             if dropped && let Some(receiver) = &self.nodes[target].process {
                 let same = receiver.memory.slots().map(|(_, slot)| slot).find(|slot| {

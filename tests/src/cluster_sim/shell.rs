@@ -55,7 +55,8 @@ impl World {
             }
         };
         if let Some(happened) = happened {
-            let generation = self.replica(at, shard).map(|replica| (replica.set().generation, replica.role()));
+            let generation =
+                self.replica(at, shard).map(|replica| (replica.set().generation, replica.role()));
             self.say(|| format!("  n{} {shard} {generation:?} {happened}", at + 1));
         }
         for command in commands {
@@ -104,6 +105,7 @@ impl World {
                         self.promises.placed(manifest);
                     }
                 }
+                self.free_early(at, shard, &records);
                 self.nodes[at].disk.submit(shard, ticket, records);
                 if !self.nodes[at].disk.syncing {
                     self.nodes[at].disk.syncing = true;
@@ -238,9 +240,13 @@ impl World {
         };
         let store = &self.nodes[at].disk.store;
         let Some(stored) = store.manifests.get(&install.key) else { return };
-        let Some(manifest) = candidates.iter().find(|candidate| candidate.stamp == stored.stamp) else { return };
-        let tokens = store.transcripts.get(&(install.key.clone(), manifest.birth)).cloned().unwrap_or_default();
-        let whole = TranscriptDelta { keep_tokens: Tokens(0), keep_messages: 0, tokens, messages: Vec::new() };
+        let Some(manifest) = candidates.iter().find(|candidate| candidate.stamp == stored.stamp) else {
+            return;
+        };
+        let tokens =
+            store.transcripts.get(&(install.key.clone(), manifest.birth)).cloned().unwrap_or_default();
+        let whole =
+            TranscriptDelta { keep_tokens: Tokens(0), keep_messages: 0, tokens, messages: Vec::new() };
         install.content = Content::Live(Arc::clone(manifest), whole);
         self.send(at, envelope);
     }
@@ -284,18 +290,24 @@ fn outcome(result: &Result<Box<Answer>, Refusal>) -> String {
 /// Events that a reader of the history wants to see.
 fn shown(event: &ReplicaEvent) -> Option<String> {
     match event {
-        ReplicaEvent::Peer(envelope) => {
-            Some(format!("<- {} g{} {}", envelope.from.node, envelope.set.generation, brief(&envelope.message)))
-        }
+        ReplicaEvent::Peer(envelope) => Some(format!(
+            "<- {} g{} {}",
+            envelope.from.node,
+            envelope.set.generation,
+            brief(&envelope.message)
+        )),
         ReplicaEvent::Set(set) => {
             let names = set.replicas.iter().map(|member| format!("{}.{}", member.node, member.incarnation));
-            let learner = set.learner.as_ref().map(|member| format!("{}.{}", member.node, member.incarnation));
+            let learner =
+                set.learner.as_ref().map(|member| format!("{}.{}", member.node, member.incarnation));
             Some(format!("set g{} {:?} learner {learner:?}", set.generation, names.collect::<Vec<_>>()))
         }
         ReplicaEvent::Request(request) => Some(format!("asked {} {}", request.key, word(&request.verb))),
         ReplicaEvent::Tick => None,
         ReplicaEvent::Persisted(ticket) => Some(format!("persisted {}", ticket.0)),
-        ReplicaEvent::PersistFailed(ticket, error, _) => Some(format!("not persisted {} {error:?}", ticket.0)),
+        ReplicaEvent::PersistFailed(ticket, error, _) => {
+            Some(format!("not persisted {} {error:?}", ticket.0))
+        }
         other => Some(format!("{other:?}").chars().take(300).collect()),
     }
 }
@@ -306,7 +318,12 @@ pub fn brief(message: &Message) -> String {
     match message {
         Message::Prepare(prepare) => {
             let record: String = format!("{:?}", prepare.record).chars().take(9).collect();
-            format!("Prepare {} {:?} -> {} {record}", prepare.key, prepare.previous.map(|s| s.to_string()), prepare.stamp)
+            format!(
+                "Prepare {} {:?} -> {} {record}",
+                prepare.key,
+                prepare.previous.map(|s| s.to_string()),
+                prepare.stamp
+            )
         }
         Message::Install(install) => {
             let tokens = match &install.content {
@@ -316,7 +333,9 @@ pub fn brief(message: &Message) -> String {
             let head = install.content.head().map(|stamp| stamp.to_string());
             format!("Install {} {head:?} with {tokens} tokens", install.key)
         }
-        Message::Compare(compare) => format!("Compare {} {:?} {} heads", compare.id, compare.span, compare.heads.len()),
+        Message::Compare(compare) => {
+            format!("Compare {} {:?} {} heads", compare.id, compare.span, compare.heads.len())
+        }
         other => format!("{other:?}").chars().take(200).collect(),
     }
 }

@@ -11,7 +11,9 @@ use keepwarm_core::registry::{Entry, Member, Registry, RegistrySettings, Replica
 use keepwarm_core::replica::{CopyFailed, CopyId, Envelope, ReplicaEvent};
 use keepwarm_core::session::{BlockRef, Manifest};
 use keepwarm_core::shard::{Answer, Refusal, Verb};
-use keepwarm_types::{Generation, Incarnation, InstanceId, Millis, SessionKey, ShardCount, ShardId, Timestamp};
+use keepwarm_types::{
+    Generation, Incarnation, InstanceId, Millis, SessionKey, ShardCount, ShardId, Timestamp,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -172,7 +174,14 @@ fn shape(rng: &mut ChaCha8Rng) -> Shape {
 impl World {
     pub fn new(options: Options) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-        let shape = shape(&mut rng);
+        let mut shape = shape(&mut rng);
+        if options.bug == Some(Bug::NotReconciled) {
+            // What differs at a take-over is what got lost.
+            shape.loss = 300;
+        }
+        if options.bug == Some(Bug::ConfirmedByOne) {
+            (shape.nodes, shape.replication) = (5, 2);
+        }
         let shards = ShardCount::new(shape.shards.into()).unwrap();
         let nodes = (0..shape.nodes).map(|index| Node::new(index, &mut rng)).collect();
         let mut world = Self {
@@ -392,7 +401,14 @@ impl Shared {
     }
 
     /// Takes blocks for a write at a node; none where it has no room.
-    pub fn take(&self, at: usize, life: u64, key: &SessionKey, contents: &[Vec<Stamp>], unit: u64) -> Option<Vec<BlockRef>> {
+    pub fn take(
+        &self,
+        at: usize,
+        life: u64,
+        key: &SessionKey,
+        contents: &[Vec<Stamp>],
+        unit: u64,
+    ) -> Option<Vec<BlockRef>> {
         self.with(|world| {
             let process = world.process(at, life)?;
             if !process.memory.has_room(contents.len()) {

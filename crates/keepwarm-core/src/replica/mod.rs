@@ -35,3 +35,6 @@ mod sweep;
 pub use event::{CopyFailed, CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 pub use message::{Compare, Content, Envelope, Install, Message, Prepare, Span};
 pub use state::{RESEND, Replica, Role};
+
+#[cfg(test)]
+mod tests;

@@ -108,7 +108,8 @@ impl Client {
             }
             // A node that may be behind is asked for its map.
             let shard = world.keys.shard(key);
-            let late = world.chance(400).then(|| world.replica(any, shard).map(|replica| (**replica.set()).clone()));
+            let late =
+                world.chance(400).then(|| world.replica(any, shard).map(|replica| (**replica.set()).clone()));
             let set = late.flatten().or_else(|| world.registry.set(shard));
             set.and_then(|set| set.replicas.first().map(|first| world.place(first))).unwrap_or(any)
         })
@@ -120,7 +121,9 @@ impl Client {
         for _ in 0..FOLLOWS {
             let at = self.owner(key);
             last = (at, came(self.world.call(at, key, verb(), Vec::new()).await));
-            let (Came::No(Refusal::Moving(_) | Refusal::Unavailable(_)), _) = (&last.1, at) else { return last };
+            let (Came::No(Refusal::Moving(_) | Refusal::Unavailable(_)), _) = (&last.1, at) else {
+                return last;
+            };
             self.world.pause(20 + self.world.below(150)).await;
         }
         last
@@ -158,7 +161,13 @@ impl Client {
     }
 
     pub(super) fn missed(&self, key: &SessionKey, refusal: &Refusal, floor: &Floor) {
-        if matches!(refusal, Refusal::UnknownSession | Refusal::Deleted { .. } | Refusal::Expired { .. } | Refusal::Lost { .. }) {
+        if matches!(
+            refusal,
+            Refusal::UnknownSession
+                | Refusal::Deleted { .. }
+                | Refusal::Expired { .. }
+                | Refusal::Lost { .. }
+        ) {
             self.world.with(|world| {
                 let checked = invariants::absent(world, key, refusal, floor);
                 world.check(checked);

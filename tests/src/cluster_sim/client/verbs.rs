@@ -81,9 +81,9 @@ impl Client {
             _ => return,
         };
         self.saw(at, &granted, None, &floor);
-        let known = self.world.with(|world| {
-            world.promises.oracle.content(key, granted.birth, granted.revision.0).cloned()
-        });
+        let known = self
+            .world
+            .with(|world| world.promises.oracle.content(key, granted.birth, granted.revision.0).cloned());
         if let Some(mut next) = known {
             let keep = next.transcript.len();
             if keep >= granted.length_tokens.as_usize() {

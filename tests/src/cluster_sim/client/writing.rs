@@ -21,7 +21,13 @@ impl Client {
 
     /// More state after what there is: at once where the session has no transcript, else in a transaction with
     /// tokens.
-    pub async fn append(&mut self, key: &SessionKey, manifest: &Manifest, lease: Option<LeaseId>, again: bool) {
+    pub async fn append(
+        &mut self,
+        key: &SessionKey,
+        manifest: &Manifest,
+        lease: Option<LeaseId>,
+        again: bool,
+    ) {
         let Some(base) = self.base(manifest) else { return };
         let counted = manifest.layout.parts()[0].form.planes().is_some();
         let count = 1 + self.world.below(9);
@@ -58,8 +64,13 @@ impl Client {
         let floor = self.floor(key);
         let delta = TranscriptDelta { keep_tokens: Tokens(keep), tokens, ..TranscriptDelta::default() };
         let asked = self.fresh();
-        let commit =
-            Commit { txn, length_tokens: Tokens(length), transcript: Some(delta), precondition: demand, asked };
+        let commit = Commit {
+            txn,
+            length_tokens: Tokens(length),
+            transcript: Some(delta),
+            precondition: demand,
+            asked,
+        };
         let fate = match self.ask(key, || Verb::Commit(commit.clone())).await {
             (at, Came::Done(answer, _)) => {
                 let Answer::Written(written) = *answer else { panic!("not a write") };
@@ -74,7 +85,8 @@ impl Client {
 
     pub(super) fn begin(&self, manifest: &Manifest, content: Content) -> AttemptId {
         let revision = manifest.revision.0 + 1;
-        self.world.with(|world| world.promises.oracle.attempt(&manifest.key, manifest.birth, revision, content))
+        self.world
+            .with(|world| world.promises.oracle.attempt(&manifest.key, manifest.birth, revision, content))
     }
 
     /// A write said that it made a revision.
@@ -220,7 +232,8 @@ impl Client {
         let next = Content { parts: vec![units.clone()], transcript: Vec::new() };
         let attempt = self.begin(manifest, next);
         let demand = self.demand(manifest, None);
-        let fate = self.written(key, manifest, WriteMode::Replace, &units, demand, None, Some(&attempt)).await;
+        let fate =
+            self.written(key, manifest, WriteMode::Replace, &units, demand, None, Some(&attempt)).await;
         self.settle(&attempt, fate);
     }
 }

@@ -24,7 +24,8 @@ pub fn check(world: &World) -> Result<(), String> {
         }
         for holder in manifest.holders.iter() {
             let at = world.place(holder);
-            let process = world.nodes[at].process.as_ref().filter(|process| process.member.as_ref() == Some(holder));
+            let process =
+                world.nodes[at].process.as_ref().filter(|process| process.member.as_ref() == Some(holder));
             let Some(process) = process else {
                 return Err(format!("{key}: {}.{} holds it and has gone", holder.node, holder.incarnation));
             };

@@ -22,9 +22,9 @@ pub fn check(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
     let all = world.promises.placements.get(&state).map(Vec::as_slice).unwrap_or_default();
     let gone = |holder: &&keepwarm_core::registry::Member| world.promises.gone.contains(holder);
-    let lost = all.iter().any(|holders| {
-        holders.iter().filter(gone).count() >= holders.len().min(world.shape.replication)
-    });
+    let lost = all
+        .iter()
+        .any(|holders| holders.iter().filter(gone).count() >= holders.len().min(world.shape.replication));
     if !lost {
         return Err(format!(
             "{}: cold ({reason}) at revision {}, though too few of its holders have gone: {all:?}",

@@ -15,7 +15,8 @@ pub fn check(world: &World) -> Result<(), String> {
         for key in world.keys.all() {
             let replica = process.replicas.get(&world.keys.shard(&key));
             let member = process.member.as_ref();
-            let manifest = replica.filter(|replica| member.is_some_and(|me| replica.set().replicas.contains(me)));
+            let manifest =
+                replica.filter(|replica| member.is_some_and(|me| replica.set().replicas.contains(me)));
             let Some(manifest) = manifest.and_then(|replica| replica.manifest(&key)) else { continue };
             if manifest.holders.iter().any(|holder| Some(holder) == member) {
                 for block in manifest.instances() {
@@ -30,7 +31,11 @@ pub fn check(world: &World) -> Result<(), String> {
             if names.0 != slot.names {
                 return Err(format!(
                     "n{}: {instance:?} of {:?} has {} names, and should have {} ({})",
-                    at + 1, slot.of, slot.names, names.0, names.1
+                    at + 1,
+                    slot.of,
+                    slot.names,
+                    names.0,
+                    names.1
                 ));
             }
             if slot.pins > 0 {
