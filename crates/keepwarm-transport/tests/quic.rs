@@ -1,4 +1,5 @@
 //! The QUIC form over loopback: the conformance suite.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 mod conformance;
 

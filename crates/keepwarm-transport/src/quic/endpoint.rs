@@ -173,3 +173,57 @@ impl Drop for Share {
         self.0.change(|open| open.saturating_sub(1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::link::PeerId;
+    use crate::quic::{QuicTransport, TlsMaterial};
+
+    /// A side of a bare connection over loopback.
+    fn side() -> (Endpoint, quinn::ClientConfig) {
+        let local = PeerId { node: "a".parse().unwrap(), incarnation: keepwarm_types::Incarnation(1) };
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let tls = TlsMaterial::LoopbackOnly;
+        QuicTransport::bare(&QuicSettings { local, cluster: "t".to_owned(), cluster_id: 1, listen, tls })
+            .unwrap()
+    }
+
+    #[tokio::test]
+    async fn loopback_carries_large_datagrams_in_batches_that_the_kernel_takes() {
+        const LENGTH: usize = 64 << 20;
+        let ((server, _), (client, config)) = (side(), side());
+        let to = server.local_addr().unwrap();
+        let receiving = tokio::spawn(async move {
+            let connection = server.accept().await.unwrap().await.unwrap();
+            let mut stream = connection.accept_uni().await.unwrap();
+            let mut length = 0;
+            while let Some(chunk) = stream.read_chunk(1 << 20, true).await.unwrap() {
+                length += chunk.bytes.len();
+            }
+            (length, connection)
+        });
+        let connection = client.connect_with(config, to, "keepwarm").unwrap().await.unwrap();
+        let mut stream = connection.open_uni().await.unwrap();
+        stream.write_all(&vec![7; LENGTH]).await.unwrap();
+        stream.finish().unwrap();
+        assert_eq!(receiving.await.unwrap().0, LENGTH);
+        let stats = connection.stats();
+        assert_eq!(stats.path.current_mtu, LOOPBACK_DATAGRAM, "{stats:?}");
+        assert_eq!(stats.path.black_holes_detected, 0, "{stats:?}");
+        let each = stats.udp_tx.bytes / stats.udp_tx.ios;
+        assert!(
+            each <= 4 * u64::from(LOOPBACK_DATAGRAM) && each > 2 * u64::from(LOOPBACK_DATAGRAM),
+            "{stats:?}"
+        );
+    }
+
+    #[test]
+    fn a_path_is_loopback_only_where_the_address_is() {
+        assert_eq!(PathKind::Auto.of("127.0.0.1:1".parse().unwrap()), PathKind::Loopback);
+        assert_eq!(PathKind::Auto.of("10.0.0.1:1".parse().unwrap()), PathKind::Unknown);
+        assert_eq!(PathKind::Jumbo.of("10.0.0.1:1".parse().unwrap()), PathKind::Jumbo);
+    }
+}

@@ -25,7 +25,8 @@ const REFUSED: VarInt = VarInt::from_u32(2);
 const REPLACED: VarInt = VarInt::from_u32(3);
 /// QUIC's codes for TLS alerts begin here; then the alert's own number.
 const ALERTS: u64 = 0x100;
-/// TLS: unknown authority, expired certificate, no certificate, no protocol in common.
+/// TLS: a signature that its key did not make (an authority of the same name and another key), unknown authority, expired certificate, no certificate, no protocol in common.
+const BAD_SIGNATURE: u64 = ALERTS + 51;
 const UNKNOWN_AUTHORITY: u64 = ALERTS + 48;
 const EXPIRED: u64 = ALERTS + 45;
 const NO_CERTIFICATE: u64 = ALERTS + 116;
@@ -66,7 +67,7 @@ pub(super) fn explained(error: &ConnectionError) -> String {
     let whose =
         if matches!(error, ConnectionError::ConnectionClosed(_)) { "this node's" } else { "the peer's" };
     match code {
-        UNKNOWN_AUTHORITY => {
+        UNKNOWN_AUTHORITY | BAD_SIGNATURE => {
             format!(
                 "{whose} certificate is of an authority that is not trusted: compare the ca.pem of both ({error})"
             )

@@ -1,4 +1,5 @@
 //! What any form of links must do, whatever is below: each form runs all of it.
+#![allow(dead_code, reason = "not every file of tests runs the suite")]
 #![allow(clippy::unwrap_used, clippy::result_large_err, reason = "a test may fail, and hands events back")]
 
 use std::collections::VecDeque;
