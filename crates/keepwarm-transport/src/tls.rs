@@ -5,10 +5,13 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use keepwarm_types::NodeName;
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{CertificateError as Bad, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
 use crate::certificate::{CertificateError, Identity, TlsPaths, shown};
@@ -25,9 +28,9 @@ pub enum TlsMaterial {
     LoopbackOnly,
 }
 
-/// A node's certificates, and whom it trusts.
+/// A node's certificates, and whom it trusts, as of the last reload.
 #[derive(Debug)]
-pub(crate) struct Tls {
+pub struct TlsStore {
     cluster: String,
     node: NodeName,
     material: TlsMaterial,
@@ -35,30 +38,35 @@ pub(crate) struct Tls {
     provider: Arc<CryptoProvider>,
 }
 
-impl Tls {
-    pub(crate) fn new(
-        cluster: &str,
-        node: &NodeName,
-        material: TlsMaterial,
-    ) -> Result<Self, CertificateError> {
+impl TlsStore {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// [`CertificateError`], naming the file: one is missing, no certificate, or another node's.
+    pub fn open(cluster: &str, node: &NodeName, material: TlsMaterial) -> Result<Self, CertificateError> {
         let identity = identity(cluster, node, &material)?;
         Ok(Self {
             cluster: cluster.to_owned(),
             node: node.clone(),
             material,
             current: RwLock::new(Arc::new(identity)),
-            provider: Arc::new(ring::default_provider()),
+            provider: Arc::new(provider()),
         })
     }
 
-    /// Reads the files again; what is in force stays where they are wrong.
-    pub(crate) fn reload(&self) -> Result<(), CertificateError> {
+    /// Reads the files again: handshakes from now on use them. What is in force stays where they are wrong.
+    ///
+    /// # Errors
+    /// [`CertificateError`], as [`TlsStore::open`].
+    pub fn reload(&self) -> Result<(), CertificateError> {
         let identity = identity(&self.cluster, &self.node, &self.material)?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
         Ok(())
     }
 
-    pub(crate) fn current(&self) -> Arc<Identity> {
+    /// What is in force.
+    #[must_use]
+    pub fn current(&self) -> Arc<Identity> {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -82,33 +90,39 @@ impl Tls {
         digest
     }
 
-    fn trust(&self) -> Trust {
-        let algorithms = self.provider.signature_verification_algorithms;
-        Trust { roots: (!self.loopback_only()).then(|| self.current().roots.clone()), algorithms }
-    }
-
-    pub(crate) fn client(&self) -> Result<rustls::ClientConfig, Error> {
-        let identity = self.current();
+    pub(crate) fn client(self: &Arc<Self>) -> Result<rustls::ClientConfig, Error> {
         let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(self.trust()))
-            .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())?;
+            .with_custom_certificate_verifier(Arc::new(Trust(Arc::clone(self))))
+            .with_client_cert_resolver(Arc::new(Shows(Arc::clone(self))));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = rustls::client::Resumption::disabled();
         Ok(config)
     }
 
-    pub(crate) fn server(&self) -> Result<rustls::ServerConfig, Error> {
-        let identity = self.current();
+    pub(crate) fn server(self: &Arc<Self>) -> Result<rustls::ServerConfig, Error> {
         let mut config = rustls::ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_client_cert_verifier(Arc::new(self.trust()))
-            .with_single_cert(identity.chain.clone(), identity.key.clone_key())?;
+            .with_client_cert_verifier(Arc::new(Trust(Arc::clone(self))))
+            .with_cert_resolver(Arc::new(Shows(Arc::clone(self))));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.max_early_data_size = 0;
         config.send_tls13_tickets = 0;
         Ok(config)
+    }
+
+    /// What is in force, in the form that a handshake takes.
+    fn certified(&self) -> Option<Arc<CertifiedKey>> {
+        let identity = self.current();
+        let key = self.provider.key_provider.load_private_key(identity.key.clone_key());
+        match key {
+            Ok(key) => Some(Arc::new(CertifiedKey::new(identity.chain.clone(), key))),
+            Err(error) => {
+                tracing::error!(%error, "this node's key cannot be used: no peer can be reached");
+                None
+            }
+        }
     }
 
     /// Which node a verified certificate names, if it is of this cluster.
@@ -119,6 +133,16 @@ impl Tls {
         }
         shown.node.ok_or_else(|| "its certificate is an authority's".to_owned())
     }
+}
+
+/// ring's algorithms, the fastest cipher of theirs first: AES-256 costs a third more and nobody asked for it.
+fn provider() -> CryptoProvider {
+    let cipher_suites = vec![
+        ring::cipher_suite::TLS13_AES_128_GCM_SHA256,
+        ring::cipher_suite::TLS13_AES_256_GCM_SHA384,
+        ring::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+    ];
+    CryptoProvider { cipher_suites, ..ring::default_provider() }
 }
 
 fn identity(cluster: &str, node: &NodeName, material: &TlsMaterial) -> Result<Identity, CertificateError> {
@@ -137,14 +161,35 @@ fn identity(cluster: &str, node: &NodeName, material: &TlsMaterial) -> Result<Id
     Ok(identity)
 }
 
-/// Whose certificates are taken: those of the roots; anybody's where there are none (loopback).
+/// What a handshake shows: what is in force by then.
 #[derive(Debug)]
-struct Trust {
-    roots: Option<rustls::RootCertStore>,
-    algorithms: WebPkiSupportedAlgorithms,
+struct Shows(Arc<TlsStore>);
+
+impl ResolvesServerCert for Shows {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.certified()
+    }
 }
 
+impl ResolvesClientCert for Shows {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.0.certified()
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// Whose certificates are taken: those of the authorities in force; anybody's where there are no files (loopback).
+#[derive(Debug)]
+struct Trust(Arc<TlsStore>);
+
 impl Trust {
+    fn algorithms(&self) -> WebPkiSupportedAlgorithms {
+        self.0.provider.signature_verification_algorithms
+    }
+
     fn verify(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -152,13 +197,15 @@ impl Trust {
         now: UnixTime,
     ) -> Result<(), Error> {
         let parsed = rustls::server::ParsedCertificate::try_from(end_entity)?;
-        let Some(roots) = &self.roots else { return Ok(()) };
+        if self.0.loopback_only() {
+            return Ok(());
+        }
         rustls::client::verify_server_cert_signed_by_trust_anchor(
             &parsed,
-            roots,
+            &self.0.current().roots,
             intermediates,
             now,
-            self.algorithms.all,
+            self.algorithms().all,
         )
     }
 
@@ -168,7 +215,7 @@ impl Trust {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.algorithms)
+        verify_tls13_signature(message, certificate, signed, &self.algorithms())
     }
 }
 
@@ -204,7 +251,7 @@ impl ServerCertVerifier for Trust {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.algorithms().supported_schemes()
     }
 }
 
@@ -241,6 +288,6 @@ impl ClientCertVerifier for Trust {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.algorithms().supported_schemes()
     }
 }

@@ -35,6 +35,8 @@ pub struct Hello {
 pub enum HelloAnswer {
     /// Welcome: who answers.
     Accepted(Hello),
+    /// Known, and dialled by the one who answers: of two nodes the one with the lower name dials.
+    WillDial,
     /// No, and why.
     Refused(String),
 }
@@ -113,6 +115,7 @@ impl HelloAnswer {
                 bytes.put_u8(1);
                 hello.put(&mut bytes);
             }
+            Self::WillDial => bytes.put_u8(2),
             Self::Refused(reason) => {
                 bytes.put_u8(0);
                 put_text(&mut bytes, reason, REASON_BYTES_MAX);
@@ -132,6 +135,7 @@ impl HelloAnswer {
         }
         match bytes.get_u8() {
             1 => Hello::take(&mut bytes).map(Self::Accepted),
+            2 => Ok(Self::WillDial),
             _ => take_text(&mut bytes, REASON_BYTES_MAX).map(Self::Refused),
         }
     }
@@ -171,7 +175,8 @@ mod tests {
     #[test]
     fn hellos_and_answers_come_back_as_they_went() {
         assert_eq!(Hello::read(&hello().frame()), Ok(hello()));
-        for answer in [HelloAnswer::Accepted(hello()), HelloAnswer::Refused("no, ä".to_owned())] {
+        let refused = HelloAnswer::Refused("no, ä".to_owned());
+        for answer in [HelloAnswer::Accepted(hello()), HelloAnswer::WillDial, refused] {
             assert_eq!(HelloAnswer::read(&answer.frame()), Ok(answer));
         }
     }

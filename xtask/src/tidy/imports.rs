@@ -56,6 +56,8 @@ const OWNED: &[(&str, &[&str])] = &[
     ("memmap2", &["keepwarm-memory"]),
     ("quinn", &["keepwarm-transport"]),
     ("rustls", &["keepwarm-transport"]),
+    ("x509-parser", &["keepwarm-transport"]),
+    ("rcgen", &["keepwarm-transport"]),
     ("redb", &["keepwarm-catalog"]),
     ("openraft", &["keepwarm-registry"]),
     ("axum", &["keepwarm-api"]),

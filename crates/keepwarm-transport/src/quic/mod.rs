@@ -4,40 +4,37 @@
 //! happens on a connection is in `connection`; this is who is dialled, who is up, and the trait.
 
 mod connection;
+mod endpoint;
+mod hello;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
-use keepwarm_types::NodeName;
-use keepwarm_wire::Frame;
-use quinn::{Endpoint, EndpointConfig, TokioRuntime, TransportConfig, VarInt};
-use tokio::sync::mpsc;
+use keepwarm_types::{Incarnation, NodeName};
+use keepwarm_wire::{FRAME_BYTES_MAX, Frame, FrameError};
+use quinn::{Endpoint, VarInt};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::AbortHandle;
 
 use crate::certificate::CertificateError;
-use crate::link::{ByteStream, Class, Counts, Incoming, LinkError, PeerId, PeerStatus, Transport};
-use crate::socket::{Capped, FOUND_DATAGRAM_MAX, LOOPBACK_DATAGRAM, SAFE_DATAGRAM};
-use crate::tls::Tls;
-pub use crate::tls::TlsMaterial;
+use crate::link::{Class, Incoming, LinkError, PeerId, PeerStatus, Transport, closed};
+use crate::stream::{ByteStream, Counts, Kept};
+pub use crate::tls::{TlsMaterial, TlsStore};
+pub use endpoint::PathKind;
+use endpoint::Window;
+pub(crate) use endpoint::{IDLE, STREAM_WINDOW};
 
 /// Events that wait for the node.
-const INCOMING_MAX: usize = 1024;
+pub(crate) const INCOMING_MAX: usize = 1024;
 /// Frames that wait for one peer.
-const QUEUE_MAX: usize = 4096;
-/// Streams that a peer may have open at once: its calls, batches of blocks and relayed requests.
-const STREAMS_MAX: u32 = 1024;
-/// Bytes in flight on one stream, and on one connection in all: at 1 GB/s and 10 ms a round trip 10 MiB are enough.
-const STREAM_WINDOW: u32 = 16 << 20;
-const CONNECTION_WINDOW: u32 = 64 << 20;
-/// A dead peer's connection ends after this.
-const IDLE: Duration = Duration::from_secs(3);
-/// The first packets of a connection, before the network has answered: well above one large datagram.
-const FIRST_WINDOW: u64 = 1 << 20;
+pub(crate) const QUEUE_MAX: usize = 4096;
 /// How long dialling may take.
 const DIAL_DEADLINE: Duration = Duration::from_secs(2);
+/// How long opening a stream may wait for others to end.
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// Between two dials, at first and at most.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -82,11 +79,16 @@ pub enum QuicError {
 /// A peer that this node knows of.
 #[derive(Debug)]
 pub(crate) struct Peer {
-    pub(crate) address: String,
-    pub(crate) up: Option<Up>,
-    pub(crate) reason: Option<String>,
-    pub(crate) heard: Option<Instant>,
-    pub(crate) counts: Arc<Counts>,
+    address: String,
+    up: Option<Up>,
+    reason: Option<String>,
+    counts: Arc<Counts>,
+    /// The latest start that was ever connected.
+    latest: Incarnation,
+    /// Events of one connection end before those of the next begin.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Dial now: the peer has shown itself, or its connection has ended.
+    wake: Arc<Notify>,
     dialler: Option<AbortHandle>,
 }
 
@@ -96,13 +98,18 @@ pub(crate) struct Up {
     pub(crate) id: PeerId,
     pub(crate) connection: quinn::Connection,
     pub(crate) queue: mpsc::Sender<Frame>,
+    window: Arc<Window>,
+    /// Room for streams of block bytes, and for relayed requests.
+    bulk: Arc<Semaphore>,
+    relays: Arc<Semaphore>,
 }
 
 /// What all tasks of the links share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) settings: QuicSettings,
-    pub(crate) tls: Tls,
+    path: PathKind,
+    pub(crate) tls: Arc<TlsStore>,
     pub(crate) endpoint: Endpoint,
     pub(crate) incoming: mpsc::Sender<Incoming>,
     peers: Mutex<BTreeMap<NodeName, Peer>>,
@@ -111,6 +118,18 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn peers(&self) -> MutexGuard<'_, BTreeMap<NodeName, Peer>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes why a peer is not up, and says so once for each reason.
+    fn not_up(&self, node: &NodeName, why: String) {
+        if let Some(peer) = self.peers().get_mut(node)
+            && peer.up.is_none()
+        {
+            if peer.reason.as_ref() != Some(&why) {
+                tracing::warn!(%node, address = %peer.address, %why, "a peer is not up");
+            }
+            peer.reason = Some(why);
+        }
     }
 
     fn up(&self, node: &NodeName) -> Result<(Up, Arc<Counts>), LinkError> {
@@ -129,30 +148,42 @@ pub struct QuicTransport {
 }
 
 impl QuicTransport {
-    /// Binds and begins to accept; peers are dialled once they are set.
+    /// Binds and begins to accept; peers are dialled once they are set. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// [`QuicError`]: each says what to do.
     pub fn start(settings: QuicSettings) -> Result<(Arc<Self>, mpsc::Receiver<Incoming>), QuicError> {
-        let tls = Tls::new(&settings.cluster, &settings.local.node, settings.tls.clone())?;
-        if tls.loopback_only() && !settings.listen.ip().is_loopback() {
-            return Err(QuicError::Open(settings.listen));
-        }
-        let bind = |cause| QuicError::Bind { address: settings.listen, cause };
-        let socket = std::net::UdpSocket::bind(settings.listen).map_err(bind)?;
-        let runtime = Arc::new(TokioRuntime);
-        let socket = quinn::Runtime::wrap_udp_socket(&*runtime, socket).map_err(bind)?;
-        let largest = if settings.listen.ip().is_loopback() { LOOPBACK_DATAGRAM } else { FOUND_DATAGRAM_MAX };
-        let mut config = EndpointConfig::default();
-        config.max_udp_payload_size(largest).map_err(|error| QuicError::Tls(error.to_string()))?;
-        let endpoint =
-            Endpoint::new_with_abstract_socket(config, None, Capped::new(socket, largest), runtime)
-                .map_err(bind)?;
+        Self::start_on(settings, PathKind::Auto)
+    }
+
+    /// [`QuicTransport::start`] where the way to the peers is known.
+    ///
+    /// # Errors
+    /// [`QuicError`]: each says what to do.
+    pub fn start_on(
+        settings: QuicSettings,
+        path: PathKind,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<Incoming>), QuicError> {
+        let tls = Arc::new(TlsStore::open(&settings.cluster, &settings.local.node, settings.tls.clone())?);
+        let endpoint = endpoint::bind(&settings, path, &tls)?;
+        let path = path.of(settings.listen);
         let (send, receive) = mpsc::channel(INCOMING_MAX);
-        let shared = Arc::new(Shared { settings, tls, endpoint, incoming: send, peers: Mutex::default() });
-        shared.serve_with_present_certificates()?;
-        let acceptor = tokio::spawn(connection::accept(Arc::clone(&shared))).abort_handle();
+        let peers = Mutex::default();
+        let shared = Arc::new(Shared { settings, path, tls, endpoint, incoming: send, peers });
+        let acceptor = tokio::spawn(hello::accept(Arc::clone(&shared))).abort_handle();
         Ok((Arc::new(Self { shared, acceptor }), receive))
+    }
+
+    /// An endpoint and a way to dial with the same certificates and limits, and nothing of ours around them: what the
+    /// links' speed is compared with.
+    ///
+    /// # Errors
+    /// [`QuicError`]: each says what to do.
+    #[doc(hidden)]
+    pub fn bare(settings: &QuicSettings) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
+        let tls = Arc::new(TlsStore::open(&settings.cluster, &settings.local.node, settings.tls.clone())?);
+        let endpoint = endpoint::bind(settings, PathKind::Auto, &tls)?;
+        Ok((endpoint, endpoint::client(PathKind::Auto.of(settings.listen), &tls)?))
     }
 
     /// Where it listens.
@@ -172,13 +203,18 @@ impl QuicTransport {
         self.shared.tls.fingerprint()
     }
 
+    /// What it shows and whom it trusts; outlives it, so that whoever watches the files can reload them.
+    #[must_use]
+    pub fn tls(&self) -> Arc<TlsStore> {
+        Arc::clone(&self.shared.tls)
+    }
+
     /// Reads the certificates again; connections that are made from now on use them.
     ///
     /// # Errors
     /// [`QuicError`]: what was in force stays.
     pub fn reload(&self) -> Result<(), QuicError> {
-        self.shared.tls.reload()?;
-        self.shared.serve_with_present_certificates()
+        Ok(self.shared.tls.reload()?)
     }
 }
 
@@ -188,58 +224,15 @@ impl Drop for QuicTransport {
     }
 }
 
-impl Shared {
-    fn serve_with_present_certificates(&self) -> Result<(), QuicError> {
-        let failed = |error: &dyn std::fmt::Display| QuicError::Tls(error.to_string());
-        let server = self.tls.server().map_err(|error| failed(&error))?;
-        let server =
-            quinn::crypto::rustls::QuicServerConfig::try_from(server).map_err(|error| failed(&error))?;
-        let mut config = quinn::ServerConfig::with_crypto(Arc::new(server));
-        config.transport_config(Arc::new(transport(self.settings.listen.ip().is_loopback())));
-        self.endpoint.set_server_config(Some(config));
-        Ok(())
-    }
-
-    pub(crate) fn client_config(&self, address: SocketAddr) -> Result<quinn::ClientConfig, String> {
-        let client = self.tls.client().map_err(|error| error.to_string())?;
-        let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).map_err(|e| e.to_string())?;
-        let mut config = quinn::ClientConfig::new(Arc::new(client));
-        config.transport_config(Arc::new(transport(address.ip().is_loopback())));
-        Ok(config)
-    }
-}
-
-/// Everything that has a default is set, so that no limit is a library's.
-fn transport(loopback: bool) -> TransportConfig {
-    let mut config = TransportConfig::default();
-    config
-        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
-        .max_concurrent_uni_streams(VarInt::from_u32(8))
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW))
-        .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
-        .send_window(u64::from(CONNECTION_WINDOW))
-        .keep_alive_interval(Some(IDLE / 3))
-        .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE).ok())
-        .datagram_receive_buffer_size(None);
-    let mut congestion = quinn::congestion::CubicConfig::default();
-    congestion.initial_window(FIRST_WINDOW);
-    config.congestion_controller_factory(Arc::new(congestion));
-    if loopback {
-        config.initial_mtu(LOOPBACK_DATAGRAM).min_mtu(SAFE_DATAGRAM).mtu_discovery_config(None);
-    } else {
-        let mut discovery = quinn::MtuDiscoveryConfig::default();
-        discovery.upper_bound(FOUND_DATAGRAM_MAX);
-        config.initial_mtu(SAFE_DATAGRAM).mtu_discovery_config(Some(discovery));
-    }
-    config
-}
-
 impl Transport for QuicTransport {
     fn local(&self) -> &PeerId {
         &self.shared.settings.local
     }
 
     fn send(&self, to: &NodeName, frame: Frame) -> Result<(), LinkError> {
+        if frame.payload.len() > FRAME_BYTES_MAX {
+            return Err(closed(FrameError::TooLong(frame.payload.len())));
+        }
         let (up, _) = self.shared.up(to)?;
         up.queue.try_send(frame).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => LinkError::Full(to.clone()),
@@ -258,7 +251,8 @@ impl Transport for QuicTransport {
         Box::pin(async move {
             let (up, counts) = up?;
             let work = async {
-                let mut stream = connection::open(&up, counts, class, connection::CALL, &request).await?;
+                let mut stream =
+                    connection::open(&up, counts, class, connection::CALL, &request, None).await?;
                 stream.finish();
                 stream.read_frame().await
             };
@@ -275,10 +269,17 @@ impl Transport for QuicTransport {
         class: Class,
         header: Frame,
     ) -> BoxFuture<'_, Result<ByteStream, LinkError>> {
-        let up = self.shared.up(to);
+        let (to, up) = (to.clone(), self.shared.up(to));
         Box::pin(async move {
             let (up, counts) = up?;
-            connection::open(&up, counts, class, connection::STREAM, &header).await
+            let room = match class {
+                Class::Relay => &up.relays,
+                _ => &up.bulk,
+            };
+            let permit = tokio::time::timeout(OPEN_DEADLINE, Arc::clone(room).acquire_owned()).await;
+            let permit = permit.map_err(|_| LinkError::Full(to))?.map_err(closed)?;
+            let kept: Kept = Some(Arc::new((permit, up.window.share())));
+            connection::open(&up, counts, class, connection::STREAM, &header, kept).await
         })
     }
 
@@ -302,41 +303,39 @@ impl Transport for QuicTransport {
             if peers.contains_key(&node) {
                 continue;
             }
-            let dials = *me < node;
-            let dialler = dials.then(|| {
-                tokio::spawn(dial(Arc::clone(&self.shared), node.clone(), address.clone())).abort_handle()
-            });
-            let reason = Some("it was not reached yet".to_owned());
-            let counts = Arc::default();
-            peers.insert(node, Peer { address, up: None, reason, heard: None, counts, dialler });
+            let wake = Arc::new(Notify::new());
+            let dialling = dial(Arc::clone(&self.shared), node.clone(), address.clone(), Arc::clone(&wake));
+            let peer = Peer {
+                address,
+                up: None,
+                reason: Some("it was not reached yet".to_owned()),
+                counts: Arc::default(),
+                latest: Incarnation(0),
+                turn: Arc::default(),
+                wake,
+                dialler: Some(tokio::spawn(dialling).abort_handle()),
+            };
+            peers.insert(node, peer);
         }
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        let status = |(node, peer): (&NodeName, &Peer)| PeerStatus {
+            node: node.clone(),
+            address: peer.address.clone(),
+            up: peer.up.as_ref().map(|up| up.id.incarnation),
+            reason: peer.reason.clone().filter(|_| peer.up.is_none()),
+            rtt: peer.up.as_ref().map(|up| up.connection.rtt()),
+            last_heard: peer.counts.heard(),
+            bytes: peer.counts.bytes(),
+        };
+        self.shared.peers().iter().map(status).collect()
     }
 
     fn disconnect(&self, node: &NodeName) {
         if let Some(up) = self.shared.peers().get(node).and_then(|peer| peer.up.as_ref()) {
             up.connection.close(VarInt::from_u32(5), b"taken for gone");
         }
-    }
-
-    fn peers(&self) -> Vec<PeerStatus> {
-        let peers = self.shared.peers();
-        let status = |(node, peer): (&NodeName, &Peer)| {
-            let read = |counts: &[std::sync::atomic::AtomicU64; 6], at: usize| {
-                counts[at].load(std::sync::atomic::Ordering::Relaxed)
-            };
-            PeerStatus {
-                node: node.clone(),
-                address: peer.address.clone(),
-                up: peer.up.as_ref().map(|up| up.id.incarnation),
-                reason: peer.reason.clone(),
-                rtt: peer.up.as_ref().map(|up| up.connection.rtt()),
-                last_heard: peer.heard,
-                bytes: std::array::from_fn(|at| {
-                    (read(&peer.counts.sent, at), read(&peer.counts.received, at))
-                }),
-            }
-        };
-        peers.iter().map(status).collect()
     }
 
     fn close(&self) {
@@ -350,31 +349,36 @@ impl Transport for QuicTransport {
     }
 }
 
-/// Keeps a connection to a peer.
-async fn dial(shared: Arc<Shared>, node: NodeName, address: String) {
+/// Keeps a connection to a peer: dials it where this node has the lower name, else shows itself to it, so that the
+/// peer dials, and at once after a new start of this node.
+async fn dial(shared: Arc<Shared>, node: NodeName, address: String, wake: Arc<Notify>) {
+    let dials = shared.settings.local.node < node;
     let mut backoff = BACKOFF_MIN;
     loop {
-        let began = Instant::now();
-        let why = match tokio::time::timeout(DIAL_DEADLINE, connection::dial(&shared, &node, &address)).await
-        {
-            Ok(Ok(up)) => {
+        let up = shared.peers().get(&node).is_some_and(|peer| peer.up.is_some());
+        if up {
+            // The connection is served by who made it, and its end wakes this.
+            wake.notified().await;
+            backoff = BACKOFF_MIN;
+            continue;
+        }
+        let tried = tokio::time::timeout(DIAL_DEADLINE, hello::dial(&shared, &node, &address)).await;
+        let why = match tried {
+            Ok(Ok(Some(up))) => {
                 backoff = BACKOFF_MIN;
-                connection::run(&shared, up).await
+                Some(connection::run(&shared, up).await)
             }
-            Ok(Err(why)) => why,
-            Err(_) => format!("no answer within {} s", DIAL_DEADLINE.as_secs()),
+            // The peer knows that this node is there, and dials.
+            Ok(Ok(None)) => None,
+            Ok(Err(why)) => Some(why),
+            Err(_) => Some(format!("no answer from {address} (UDP) within {} s", DIAL_DEADLINE.as_secs())),
         };
-        if let Some(peer) = shared.peers().get_mut(&node)
-            && peer.up.is_none()
-        {
-            if peer.reason.as_ref() != Some(&why) {
-                tracing::debug!(%node, %address, %why, "a peer is not reached");
-            }
-            peer.reason = Some(why);
+        if let Some(why) = why {
+            shared.not_up(&node, why);
         }
         // A tenth more or less, so that nodes that lost each other do not meet again and again in step.
         let jitter = f64::from(rand::random::<u16>()) / f64::from(u16::MAX);
-        tokio::time::sleep(backoff.mul_f64(0.9 + 0.2 * jitter)).await;
-        backoff = if began.elapsed() > BACKOFF_MAX { BACKOFF_MIN } else { (backoff * 2).min(BACKOFF_MAX) };
+        let woken = tokio::time::timeout(backoff.mul_f64(0.9 + 0.2 * jitter), wake.notified()).await.is_ok();
+        backoff = if woken && dials { BACKOFF_MIN } else { (backoff * 2).min(BACKOFF_MAX) };
     }
 }
