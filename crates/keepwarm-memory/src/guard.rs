@@ -265,6 +265,13 @@ impl Block {
         Self { sealed: Arc::clone(&self.sealed), birth }
     }
 
+    /// Whether no other guard has the block: its memory goes back to the arena with this one. True stays true;
+    /// false may be over at once.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        Arc::strong_count(&self.sealed) == 1
+    }
+
     /// The bytes.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use keepwarm_core::session::{Labels, Protect};
 use keepwarm_core::shard::{
     Answer, Commit, Create, Cut, Fork, ListQuery, Precondition, Refusal, SessionView, Verb,
 };
+use keepwarm_memory::Block;
 use keepwarm_types::{Birth, Bytes, Outcome, SessionId, SessionKey, ShardId, TenantName, Tier, TxnId};
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -28,6 +29,11 @@ fn odd(what: &'static str) -> Error {
 
 pub(super) fn verdict(outcome: Outcome, reason: impl Into<String>) -> Verdict {
     Verdict { outcome, reason: reason.into() }
+}
+
+/// Gives these guards back; says how many bytes nobody else holds, be it another session or a reader.
+fn freed(guards: Vec<Block>) -> Bytes {
+    Bytes(guards.iter().filter(|block| block.is_last()).map(|block| block.length() as u64).sum())
 }
 
 fn cut_verdict(clipped: bool) -> Verdict {
@@ -307,7 +313,7 @@ impl Handle {
     }
 
     async fn end(&self, key: &SessionKey, verb: Verb) -> Result<Receipt, Error> {
-        let before = self.get(key).await?;
+        let (pinned, hbm) = (self.pinned_guards(key).await?, self.hbm_guards(key).await);
         let permit = self.admit()?;
         let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
         let Answer::Deleted(deleted) = *answered.answer else { return Err(odd("an end")) };
@@ -318,12 +324,10 @@ impl Handle {
                 let _ = gone.await;
             }
         }
-        let freed = |tier, bytes| Freed { node: self.name().clone(), tier, bytes, scrubbed: true };
-        let tiers = [(Tier::Hbm, before.tiers.hbm), (Tier::Pinned, deleted.bytes)];
-        let freed = tiers
+        let freed = [(Tier::Hbm, freed(hbm)), (Tier::Pinned, freed(pinned))]
             .into_iter()
             .filter(|(_, bytes)| *bytes > Bytes::ZERO)
-            .map(|(tier, bytes)| freed(tier, bytes))
+            .map(|(tier, bytes)| Freed { node: self.name().clone(), tier, bytes, scrubbed: false })
             .collect();
         Ok(Receipt {
             id: deleted.id,
@@ -332,6 +336,31 @@ impl Handle {
             freed,
             pending: Vec::new(),
         })
+    }
+
+    /// Guards of a session's pinned blocks; none of a cold one.
+    async fn pinned_guards(&self, key: &SessionKey) -> Result<Vec<Block>, Error> {
+        let permit = self.admit()?;
+        match self.ask(key, Verb::ReadAll, Vec::new(), Some(permit)).await {
+            Ok(answered) => Ok(answered.blocks),
+            Err(error @ Error::Refused(Refusal::UnknownSession))
+            | Err(error @ Error::Refused(Refusal::Deleted { .. } | Refusal::Expired { .. })) => Err(error),
+            // What cannot be read here ends all the same; nothing of it is counted.
+            Err(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Guards of a session's blocks in this node's GPUs.
+    async fn hbm_guards(&self, key: &SessionKey) -> Vec<Block> {
+        let mut guards = Vec::new();
+        for gpu in self.links().gpus() {
+            let (reply, blocks) = oneshot::channel();
+            if gpu.cast(GpuMsg::Guards { key: key.clone(), reply }).is_ok() {
+                // A GPU that has ended since holds nothing.
+                guards.extend(blocks.await.unwrap_or_default());
+            }
+        }
+        guards
     }
 
     /// Ends each of a tenant's sessions.

@@ -157,9 +157,9 @@ pub struct Freed {
     pub node: NodeName,
     /// In which tier.
     pub tier: Tier,
-    /// How much.
+    /// How much: what another session or a reader still holds is not counted.
     pub bytes: Bytes,
-    /// Whether it was zeroed, or will be before any other use.
+    /// Whether it is zeroed already; if not, it is before any other tenant's use.
     pub scrubbed: bool,
 }
 
