@@ -203,6 +203,7 @@ impl World {
         let registration = Registration {
             node: there.name.clone(),
             disk: Uuid::from_u128(there.disk_id),
+            process: Uuid::from_u128((u128::from(life) << 16) + node as u128 + 1),
             peer: String::new(),
             http: String::new(),
             zone: format!("z{node}"),

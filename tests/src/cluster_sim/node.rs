@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use keepwarm_core::registry::Member;
 use keepwarm_core::replica::{Replica, ReplicaSettings};
 use keepwarm_core::shard::{Answer, Refusal, RequestId};
-use keepwarm_types::{Incarnation, InstanceId, NodeName, SessionKey, ShardCount, ShardId, Timestamp};
+use keepwarm_types::{Incarnation, InstanceId, Millis, NodeName, SessionKey, ShardCount, ShardId, Timestamp};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -126,6 +126,7 @@ impl Process {
                 replication: shape.replication,
                 degraded: shape.degraded,
                 cluster: true,
+                write_deadline: Millis(5000),
             };
             let here = |key: &SessionKey| count.shard_of(key.id) == shard;
             let manifests = disk.store.manifests.values().filter(|manifest| here(&manifest.key)).cloned();

@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{SessionKey, Timestamp};
+use keepwarm_types::{Bytes, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, ReplicaCommand};
-use super::heal::CopyFor;
+use super::heal::{CaughtUp, CopyFor};
 use super::message::{Message, Prepare};
 use super::office::OWN;
 use super::state::{Part, RESEND, Replica, Then, release};
@@ -129,6 +129,7 @@ impl Replica {
         office.changing.insert(key.clone(), ticket);
         let birth = change.manifest().map(|manifest| manifest.birth);
         office.changes.insert(ticket, change);
+        self.take_caught_up(ticket, &key, out);
         if let Some(birth) = birth.filter(|_| !blocks.is_empty()) {
             if !self.settings.degraded && holders.len() < self.settings.replication {
                 self.not_applied(now, ticket, PersistError::TooFewHolders, out);
@@ -147,6 +148,39 @@ impl Replica {
             }
         }
         self.send_if_copied(now, ticket, out);
+    }
+
+    /// A session with too few holders that is written all the time gains one by a change: whoever has most of its
+    /// bytes gets what it lacks of this one.
+    fn take_caught_up(&mut self, ticket: Ticket, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let wanted = self.settings.replication.min(self.set.replicas.len());
+        let me = self.settings.member.clone();
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some(CaughtUp { member, has, .. }) = office.caught_up.remove(key) else { return };
+        let Some(manifest) = office.changes.get(&ticket).and_then(Changing::manifest).cloned() else {
+            return;
+        };
+        let holders = &manifest.holders;
+        let fits = holders.contains(&me) && !holders.contains(&member) && holders.len() < wanted;
+        if !fits || manifest.stored_bytes() == Bytes::ZERO || !self.set.replicas.contains(&member) {
+            return;
+        }
+        let holders: Vec<_> = holders.iter().chain([&member]).cloned().collect();
+        let Some(next) = office.shard.pending_holders(ticket, &holders) else { return };
+        let lacks: Vec<_> =
+            next.instances().filter(|block| !has.contains(&block.instance)).copied().collect();
+        let id = self.next_copy();
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some(change) = office.changes.get_mut(&ticket) else { return };
+        if let Record::Manifest(manifest, _) = &mut change.record {
+            *manifest = Arc::clone(&next);
+        }
+        if !lacks.is_empty() {
+            change.copying.insert(id);
+            office.copying.insert(id, CopyFor::Change { ticket, to: member.clone() });
+            let (key, birth) = (key.clone(), next.birth);
+            out.push(ReplicaCommand::Copy { id, to: member, key, birth, blocks: lacks });
+        }
     }
 
     /// Bytes of a change are at a holder, or not.
@@ -374,6 +408,7 @@ impl Replica {
             self.tell_commits(now, out);
         }
         self.look_at(&key, lost);
+        self.heal_between_changes(now, &key, out);
         self.fetched(now, out);
     }
 

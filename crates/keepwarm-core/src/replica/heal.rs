@@ -1,5 +1,6 @@
 //! Who holds a session's bytes, and who should: fetching what is not here, copying where copies are too few.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, Millis, SessionKey, Timestamp};
@@ -25,6 +26,15 @@ pub(super) struct Sick {
     failed: usize,
 }
 
+/// A member that has the bytes of an earlier state of a session that is written too often to be healed at rest: the
+/// session's next change takes it as a holder, with what it lacks.
+#[derive(Debug)]
+pub(super) struct CaughtUp {
+    pub(super) member: Member,
+    pub(super) has: HashSet<InstanceId>,
+    at: Timestamp,
+}
+
 /// What bytes on their way are for.
 #[derive(Debug)]
 pub(super) enum CopyFor {
@@ -33,7 +43,7 @@ pub(super) enum CopyFor {
     /// All blocks of a change, for a holder that lacks them.
     Again { ticket: Ticket, to: Member },
     /// All blocks of a session that has too few holders.
-    Heal { key: SessionKey, met: Stamp, to: Member },
+    Heal { key: SessionKey, met: Stamp, to: Member, blocks: Vec<InstanceId> },
     /// All blocks of a session whose primary has none.
     Fetch { key: SessionKey, met: Stamp, from: Member, blocks: Vec<InstanceId> },
 }
@@ -119,6 +129,20 @@ impl Replica {
         }
     }
 
+    /// A session that is written all the time is looked at between two changes, where it may be healed.
+    pub(super) fn heal_between_changes(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Part::Primary(office) = &self.part else { return };
+        let under_way = office.copying.values().filter(|copy| copy.heals().is_some()).count();
+        if under_way < HEALING_MAX && office.sick.get(key).is_some_and(|sick| sick.at <= now) {
+            self.heal_one(now, key, out);
+        }
+    }
+
     /// The next step for one session.
     pub(super) fn heal_one(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
         let me = self.settings.member.clone();
@@ -126,7 +150,8 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let under_way = office.copying.values().any(|copy| copy.heals() == Some(key));
         // A transcript that is not on disk yet would be missed by a change that keeps it.
-        if under_way || office.shard.changing(key) || self.saving.contains_key(key) {
+        let caught_up = office.caught_up.get(key).is_some_and(|caught_up| now.since(caught_up.at) < AGAIN);
+        if under_way || caught_up || office.shard.changing(key) || self.saving.contains_key(key) {
             return;
         }
         let manifest = match office.shard.committed(key) {
@@ -160,7 +185,9 @@ impl Replica {
         let free: Vec<_> = free.collect();
         match free.get(failed % free.len().max(1)) {
             Some(to) if manifest.holders.len() < wanted => {
-                office.copying.insert(id, CopyFor::Heal { key: key.clone(), met, to: Member::clone(to) });
+                let instances = blocks.iter().map(|block| block.instance).collect();
+                let heal = CopyFor::Heal { key: key.clone(), met, to: Member::clone(to), blocks: instances };
+                office.copying.insert(id, heal);
                 let to = Member::clone(to);
                 out.push(ReplicaCommand::Copy { id, to, key: key.clone(), birth, blocks });
             }
@@ -192,8 +219,14 @@ impl Replica {
             }
             // The change is sent to it again in time, and its answer says again what it lacks.
             Some(CopyFor::Again { .. }) => {}
-            Some(CopyFor::Heal { key, met, to }) => match result {
-                Ok(()) => self.place_with(now, &key, met, to, Vec::new(), out),
+            Some(CopyFor::Heal { key, met, to, blocks }) => match result {
+                Ok(()) if office.committed_head(&key) == Some(met) && !office.shard.changing(&key) => {
+                    self.place_with(now, &key, met, to, Vec::new(), out);
+                }
+                Ok(()) => {
+                    let has = blocks.into_iter().collect();
+                    office.caught_up.insert(key, CaughtUp { member: to, has, at: now });
+                }
                 // Somebody else may have room, or it may have some later.
                 Err(_) => self.turn_to_the_next(now, &key),
             },

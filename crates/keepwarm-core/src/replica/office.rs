@@ -9,7 +9,7 @@ use super::change::Changing;
 use super::confirm::Rounds;
 use super::event::{CopyId, ReplicaCommand};
 use super::follower::{Copy, Follower, Head};
-use super::heal::{CopyFor, Sick};
+use super::heal::{CaughtUp, CopyFor, Sick};
 use super::state::{Part, Replica, release};
 use super::sweep::{Asked, Peer};
 use crate::registry::{Member, ReplicaSet};
@@ -50,6 +50,8 @@ pub(super) struct Office {
     /// Bytes on their way.
     pub(super) copying: BTreeMap<CopyId, CopyFor>,
     /// Sessions with too few holders, or without bytes here.
+    /// Members that have most of a busy session's bytes.
+    pub(super) caught_up: BTreeMap<SessionKey, CaughtUp>,
     pub(super) sick: BTreeMap<SessionKey, Sick>,
     /// Requests of the own shard so far.
     pub(super) owned: u64,
@@ -161,6 +163,7 @@ impl Replica {
             stale,
             rounds: Rounds::after(self.before.1),
             copying: BTreeMap::new(),
+            caught_up: BTreeMap::new(),
             sick,
             owned: 0,
             proposed: None,

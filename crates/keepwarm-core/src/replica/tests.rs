@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, Generation, Incarnation, InstanceId, SessionId, SessionKey, ShardCount,
-    ShardId, Timestamp,
+    Birth, BlockChecksum, Bytes, Generation, Incarnation, InstanceId, Millis, SessionId, SessionKey,
+    ShardCount, ShardId, Timestamp,
 };
 use uuid::Uuid;
 
@@ -57,6 +57,7 @@ impl Net {
                 replication: 2,
                 degraded: true,
                 cluster: true,
+                write_deadline: Millis(5000),
             };
             Replica::new(settings, [], [])
         };
