@@ -117,6 +117,14 @@ async fn evicted_or_killed_a_conversation_goes_on_with_the_same_tokens() {
     .await;
     assert_eq!(tokens, expected, "evicted from HBM");
     evicted.node.shutdown(DEADLINE).await;
+    let (damaged, tokens) = conversation(bench(None, 8 << 20).await, async |bench| {
+        bench.handle.demote(&key(1), Tier::Pinned).await.unwrap();
+        bench.handle.flip_pinned_bit(&key(1)).await.unwrap();
+        bench
+    })
+    .await;
+    assert_eq!(tokens, expected, "its pinned bytes damaged");
+    damaged.node.shutdown(DEADLINE).await;
     let folder = tempfile::tempdir().unwrap();
     let (restarted, tokens) = conversation(bench(Some(folder.path()), 8 << 20).await, async |old| {
         let Bench { node, handle, service } = old;

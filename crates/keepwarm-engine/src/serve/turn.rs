@@ -321,12 +321,18 @@ impl Inner {
         let g = served.model.geometry();
         let heap = || State::Heap(HeapKv::new(g, plan.tokens.len() + max_new));
         let request = ActivateRequest { ttl: Some(TURN_LEASE), ..ActivateRequest::default() };
-        let (lease, gpu, manifest, blocks, source) = match self.handle.activate(&plan.key, request).await {
+        let mut activated = self.handle.activate(&plan.key, request.clone()).await;
+        if matches!(activated, Err(Error::Corrupt { .. })) {
+            // Damage on the way does not come twice; a session whose own bytes were damaged has gone cold, and
+            // its transcript makes them anew.
+            activated = self.handle.activate(&plan.key, request).await;
+        }
+        let (lease, gpu, manifest, blocks, source) = match activated {
             Ok(activation) => {
                 let blocks = activation.blocks.into_iter().next().unwrap_or_default();
                 (activation.lease.id, activation.home.gpu, activation.manifest, blocks, activation.source)
             }
-            Err(Error::NoCapacity { .. } | Error::Unavailable { .. }) => {
+            Err(Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::Corrupt { .. }) => {
                 let (grant, home) = self.handle.lease(&plan.key, TURN_LEASE).await?;
                 let held = Held { lease: grant.lease.id, gpu: home.gpu, plan, _pass: pass };
                 let state = State::Heap(HeapKv::new(g, held.plan.tokens.len() + max_new));
