@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use super::Service;
 use crate::chat::{
-    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, Finished, Prompt, SessionRef, Started,
+    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, EVENTS_AHEAD, Finished, Prompt, SessionRef,
+    Started,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -257,5 +258,36 @@ async fn a_repeated_key_gets_the_same_turn_and_bad_calls_say_why() {
     assert!(matches!(answer(&bench.service, unknown).await, Err(ChatError::UnknownModel { .. })));
     let long = request(None, &[message("user", &"x".repeat(9000))]);
     assert!(matches!(answer(&bench.service, long).await, Err(ChatError::TooLong { .. })));
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_behind_gets_the_whole_answer() {
+    let bench = bench(None, 8 << 20).await;
+    let call = ChatRequest { max_tokens: Some(300), ..request(Some(1), &[message("user", "at length")]) };
+    let mut events = bench.service.chat(call).await.unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    let said = loop {
+        let (_, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
+        if let Some(message) = transcript.messages.get(1) {
+            break message.content.clone();
+        }
+        assert!(Instant::now() < deadline, "the turn was not committed");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let (mut text, mut pieces) = (String::new(), 0);
+    loop {
+        match events.recv().await.expect("the answer broke off") {
+            ChatEvent::Started(_) => {}
+            ChatEvent::Text(piece) => {
+                text.push_str(&piece);
+                pieces += 1;
+            }
+            ChatEvent::Finished(_) => break,
+            ChatEvent::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(pieces >= EVENTS_AHEAD - 1, "the answer had no more than {pieces} pieces");
+    assert_eq!(text, said);
     bench.node.shutdown(DEADLINE).await;
 }

@@ -263,7 +263,7 @@ impl Service {
         slot: OwnedSemaphorePermit,
     ) {
         let inner = &self.inner;
-        let Ok(outcome) = outcome.await else {
+        let Ok(mut outcome) = outcome.await else {
             inner.let_go(held).await;
             let _ = events.send(ChatEvent::Failed(ChatError::Model("its thread has ended".to_owned()))).await;
             return;
@@ -282,25 +282,30 @@ impl Service {
             return;
         }
         let uncached = held.is_some() && matches!(outcome.state, State::Heap(_));
-        let mut finished = Finished {
+        let finished = Finished {
             reason: outcome.reason,
             completion_tokens: outcome.completion_tokens,
             etag: None,
             ttft: outcome.ttft,
             uncached,
         };
-        let text = outcome.text.clone();
-        if let Some(held) = held {
-            match inner.commit(served, held, outcome).await {
-                Ok(etag) => finished.etag = Some(etag),
-                Err(error) => {
-                    let _ = events.send(ChatEvent::Failed(error.into())).await;
-                    return;
-                }
-            }
+        let (text, unsent) = (outcome.text.clone(), std::mem::take(&mut outcome.unsent));
+        let committed = match held {
+            Some(held) => inner.commit(served, held, outcome).await.map(Some),
+            None => Ok(None),
+        };
+        if let Ok(etag) = &committed {
+            inner.replays.keep(&request, started, text, Finished { etag: *etag, ..finished });
         }
-        inner.replays.keep(&request, started, text, finished);
-        let _ = events.send(ChatEvent::Finished(finished)).await;
+        // A reader that is behind gets the rest too; one that goes away ends these waits.
+        if !unsent.is_empty() {
+            let _ = events.send(ChatEvent::Text(unsent)).await;
+        }
+        let last = match committed {
+            Ok(etag) => ChatEvent::Finished(Finished { etag, ..finished }),
+            Err(error) => ChatEvent::Failed(error.into()),
+        };
+        let _ = events.send(last).await;
     }
 }
 
