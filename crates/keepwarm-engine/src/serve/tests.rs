@@ -291,3 +291,60 @@ async fn a_reader_that_is_behind_gets_the_whole_answer() {
     assert_eq!(text, said);
     bench.node.shutdown(DEADLINE).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_with_one_key_at_once_make_one_turn() {
+    let bench = bench(None, 8 << 20).await;
+    let mut call = request(Some(1), &[message("user", "once")]);
+    call.idempotency_key = Some("k1".to_owned());
+    // Sampled with seeds of their own, two turns would not answer alike.
+    (call.temperature, call.seed) = (1.0, None);
+    let calls: Vec<_> = (0..6)
+        .map(|_| {
+            let (service, call) = (bench.service.clone(), call.clone());
+            tokio::spawn(async move { answer(&service, call).await.unwrap() })
+        })
+        .collect();
+    let mut answers = Vec::new();
+    for call in calls {
+        let (started, text, finished) = call.await.unwrap();
+        answers.push((started.session, text, finished.etag));
+    }
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    let (info, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
+    assert_eq!((transcript.messages.len(), info.manifest.branches.len()), (2, 0));
+    for change in [
+        |call: &mut ChatRequest| call.max_tokens = Some(11),
+        |call: &mut ChatRequest| call.temperature = 0.5,
+        |call: &mut ChatRequest| call.top_p = 0.5,
+        |call: &mut ChatRequest| call.seed = Some(4),
+        |call: &mut ChatRequest| call.stop = vec!["x".to_owned()],
+    ] {
+        let mut other = call.clone();
+        change(&mut other);
+        assert!(matches!(answer(&bench.service, other).await, Err(ChatError::InvalidField { .. })));
+    }
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_whose_first_call_went_away_is_free_for_the_next() {
+    let bench = bench(None, 8 << 20).await;
+    let mut call = request(Some(1), &[message("user", "once")]);
+    call.idempotency_key = Some("k1".to_owned());
+    let long = ChatRequest { max_tokens: Some(4000), ..call.clone() };
+    drop(bench.service.chat(long).await.unwrap());
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match answer(&bench.service, call.clone()).await {
+            Ok((_, _, finished)) => break assert!(finished.etag.is_some()),
+            // Until the first one has noticed that its reader is gone, the key stands for it.
+            Err(ChatError::InvalidField { .. }) => {
+                assert!(Instant::now() < deadline, "the key is still taken")
+            }
+            Err(error) => panic!("{error}"),
+        }
+        tokio::task::yield_now().await;
+    }
+    bench.node.shutdown(DEADLINE).await;
+}

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use super::branch::{Gates, Pass};
 use super::kv::{GpuKv, State, shape};
 use super::plan::Plan;
-use super::replay::Replays;
+use super::replay::{Call, Claim, Replay, Replays};
 use super::runner::{Job, Outcome, QUEUE_MAX, Runner};
 use crate::chat::{
     ChatBackend, ChatError, ChatEvent, ChatRequest, ChatStream, EVENTS_AHEAD, Finished, ModelInfo, Started,
@@ -83,7 +83,7 @@ pub(super) struct Inner {
     pub(super) handle: Handle,
     models: Vec<Served>,
     gates: Arc<Gates>,
-    replays: Replays,
+    replays: Arc<Replays>,
 }
 
 /// The built-in engine: models over a node's sessions.
@@ -152,8 +152,7 @@ impl Service {
             Ok(Served { info, model, layout, runner, slots, waiting: Arc::new(Semaphore::new(QUEUE_MAX)) })
         };
         let models = models.iter().map(serve).collect::<Result<_, _>>()?;
-        let inner =
-            Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Replays::default() };
+        let inner = Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Arc::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -165,21 +164,10 @@ impl Service {
         let unknown = || ChatError::UnknownModel { name: request.model.clone(), known: known() };
         let at =
             inner.models.iter().position(|served| served.info.name == request.model).ok_or_else(unknown)?;
-        let other_call = |()| ChatError::InvalidField {
-            field: "Idempotency-Key".to_owned(),
-            reason: "the key was used for another call".to_owned(),
+        let claim = match inner.replays.enter(&request).await? {
+            Call::First(claim) => claim,
+            Call::Again(replay) => return Ok(again(*replay)),
         };
-        if let Some(replay) = inner.replays.find(&request).map_err(other_call)? {
-            let (send, receive) = mpsc::channel(3);
-            for event in [
-                ChatEvent::Started(replay.started),
-                ChatEvent::Text(replay.text),
-                ChatEvent::Finished(replay.finished),
-            ] {
-                let _ = send.try_send(event);
-            }
-            return Ok(receive);
-        }
         let served = &inner.models[at];
         let waiting = Arc::clone(&served.waiting)
             .try_acquire_owned()
@@ -247,7 +235,7 @@ impl Service {
             return Err(ChatError::Overloaded("for the model"));
         }
         let service = self.clone();
-        tokio::spawn(async move { service.end(at, request, started, held, outcome, events, slot).await });
+        tokio::spawn(async move { service.end(at, claim, started, held, outcome, events, slot).await });
         Ok(receive)
     }
 
@@ -255,7 +243,7 @@ impl Service {
     async fn end(
         self,
         at: usize,
-        request: ChatRequest,
+        claim: Option<Claim>,
         started: Started,
         held: Option<Held>,
         outcome: oneshot::Receiver<Outcome>,
@@ -294,8 +282,8 @@ impl Service {
             Some(held) => inner.commit(served, held, outcome).await.map(Some),
             None => Ok(None),
         };
-        if let Ok(etag) = &committed {
-            inner.replays.keep(&request, started, text, Finished { etag: *etag, ..finished });
+        if let (Ok(etag), Some(claim)) = (&committed, claim) {
+            claim.keep(started, text, Finished { etag: *etag, ..finished });
         }
         // A reader that is behind gets the rest too; one that goes away ends these waits.
         if !unsent.is_empty() {
@@ -307,6 +295,20 @@ impl Service {
         };
         let _ = events.send(last).await;
     }
+}
+
+/// An answer that was given before, as events.
+fn again(replay: Replay) -> ChatStream {
+    // All three fit, so that none is refused.
+    let (send, receive) = mpsc::channel(3);
+    for event in [
+        ChatEvent::Started(replay.started),
+        ChatEvent::Text(replay.text),
+        ChatEvent::Finished(replay.finished),
+    ] {
+        let _ = send.try_send(event);
+    }
+    receive
 }
 
 fn seed() -> u64 {
