@@ -262,37 +262,6 @@ async fn a_repeated_key_gets_the_same_turn_and_bad_calls_say_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_is_behind_gets_the_whole_answer() {
-    let bench = bench(None, 8 << 20).await;
-    let call = ChatRequest { max_tokens: Some(300), ..request(Some(1), &[message("user", "at length")]) };
-    let mut events = bench.service.chat(call).await.unwrap();
-    let deadline = Instant::now() + DEADLINE;
-    let said = loop {
-        let (_, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
-        if let Some(message) = transcript.messages.get(1) {
-            break message.content.clone();
-        }
-        assert!(Instant::now() < deadline, "the turn was not committed");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    };
-    let (mut text, mut pieces) = (String::new(), 0);
-    loop {
-        match events.recv().await.expect("the answer broke off") {
-            ChatEvent::Started(_) => {}
-            ChatEvent::Text(piece) => {
-                text.push_str(&piece);
-                pieces += 1;
-            }
-            ChatEvent::Finished(_) => break,
-            ChatEvent::Failed(error) => panic!("{error}"),
-        }
-    }
-    assert!(pieces >= EVENTS_AHEAD - 1, "the answer had no more than {pieces} pieces");
-    assert_eq!(text, said);
-    bench.node.shutdown(DEADLINE).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn calls_with_one_key_at_once_make_one_turn() {
     let bench = bench(None, 8 << 20).await;
     let mut call = request(Some(1), &[message("user", "once")]);
@@ -345,6 +314,55 @@ async fn a_key_whose_first_call_went_away_is_free_for_the_next() {
             Err(error) => panic!("{error}"),
         }
         tokio::task::yield_now().await;
+    }
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_behind_gets_the_whole_answer() {
+    let bench = bench(None, 8 << 20).await;
+    let call = ChatRequest { max_tokens: Some(300), ..request(Some(1), &[message("user", "at length")]) };
+    let mut events = bench.service.chat(call).await.unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    let said = loop {
+        let (_, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
+        if let Some(message) = transcript.messages.get(1) {
+            break message.content.clone();
+        }
+        assert!(Instant::now() < deadline, "the turn was not committed");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let (mut text, mut pieces) = (String::new(), 0);
+    loop {
+        match events.recv().await.expect("the answer broke off") {
+            ChatEvent::Started(_) => {}
+            ChatEvent::Text(piece) => {
+                text.push_str(&piece);
+                pieces += 1;
+            }
+            ChatEvent::Finished(_) => break,
+            ChatEvent::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(pieces >= EVENTS_AHEAD - 1, "the answer had no more than {pieces} pieces");
+    assert_eq!(text, said);
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diverging_turn_that_is_given_up_leaves_no_fork() {
+    let bench = bench(None, 8 << 20).await;
+    answer(&bench.service, request(Some(1), &[message("user", "one")])).await.unwrap();
+    let call = ChatRequest { max_tokens: Some(4000), ..request(Some(1), &[message("user", "other")]) };
+    let mut events = bench.service.chat(call).await.unwrap();
+    let Some(ChatEvent::Started(started)) = events.recv().await else { panic!("it did not start") };
+    drop(events);
+    let child = SessionKey::new(key(1).tenant, started.session.unwrap());
+    assert_ne!(child, key(1));
+    let deadline = Instant::now() + DEADLINE;
+    while bench.handle.get(&child).await.is_ok() {
+        assert!(Instant::now() < deadline, "the fork is still there");
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     bench.node.shutdown(DEADLINE).await;
 }

@@ -185,6 +185,9 @@ impl Service {
         };
         let context = served.info.context;
         if tokens.len() >= context {
+            if let Some((plan, _)) = &held {
+                inner.take_back(&plan.key, plan.diverged_at).await;
+            }
             return Err(ChatError::TooLong { tokens: tokens.len(), context });
         }
         let max_new = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT).min(context - tokens.len());
@@ -380,6 +383,16 @@ impl Inner {
         if let Some(held) = held {
             // A lease that ended meanwhile is given back already.
             let _ = self.handle.release(&held.plan.key, held.lease).await;
+            self.take_back(&held.plan.key, held.plan.diverged_at).await;
+        }
+    }
+
+    /// Ends the fork that a turn was to go on in, if there is one: without the turn it is a copy of nothing new.
+    async fn take_back(&self, key: &SessionKey, diverged_at: Option<Tokens>) {
+        if diverged_at.is_some()
+            && let Err(error) = self.handle.delete(key).await
+        {
+            tracing::warn!(%key, %error, "the fork of a turn that was given up stays");
         }
     }
 
