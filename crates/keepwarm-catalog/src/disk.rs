@@ -65,7 +65,7 @@ pub(crate) struct DiskManifest {
     transcript: [u64; 3],
     parent: Option<(u128, u64, u64, u64)>,
     branches: Vec<u128>,
-    /// 0 warm, then cold: 1 evicted, 2 restarted, 3 holders lost.
+    /// 0 warm, then cold: 1 evicted, 2 restarted, 3 holders lost, 4 corrupt.
     state: u8,
     /// Node and incarnation.
     holders: Vec<(String, u64)>,
@@ -203,6 +203,7 @@ impl From<&Manifest> for DiskManifest {
                 State::Cold(ColdReason::Evicted) => 1,
                 State::Cold(ColdReason::Restarted) => 2,
                 State::Cold(ColdReason::HoldersLost) => 3,
+                State::Cold(ColdReason::Corrupt) => 4,
             },
             holders: m.holders.iter().map(|holder| (holder.node.to_string(), holder.incarnation.0)).collect(),
             writes: m.writes.iter().map(disk_write).collect(),
@@ -319,6 +320,7 @@ pub(crate) fn manifest_from(key: SessionKey, disk: DiskManifest) -> Result<Manif
             1 => State::Cold(ColdReason::Evicted),
             2 => State::Cold(ColdReason::Restarted),
             3 => State::Cold(ColdReason::HoldersLost),
+            4 => State::Cold(ColdReason::Corrupt),
             other => return Err(bad(format!("{other} is no state"))),
         },
         holders: holders.into(),

@@ -458,3 +458,18 @@ async fn a_receipt_counts_only_what_nobody_else_holds() {
     until("all memory is back", || async { handle.used().await == (Bytes(0), Bytes(0)) }).await;
     node.shutdown(DEADLINE).await;
 }
+
+//= GUARANTEES.md#G5
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_pinned_bytes_are_dropped_and_the_session_says_so() {
+    let node = start(None, 32 << 20).await;
+    let handle = node.handle();
+    let key = create(&handle, Order::Token, 60_000).await;
+    append(&handle, &key, 0, &pattern(3, 100)).await.unwrap();
+    handle.flip_pinned_bit(&key).await.unwrap();
+    let error = handle.activate(&key, ActivateRequest::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    let again = handle.activate(&key, ActivateRequest::default()).await.unwrap();
+    assert_eq!((again.source, again.manifest.state), (Source::None, State::Cold(ColdReason::Corrupt)));
+    node.shutdown(DEADLINE).await;
+}

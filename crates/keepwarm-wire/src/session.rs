@@ -83,6 +83,7 @@ enum WireState {
     Evicted,
     Restarted,
     HoldersLost,
+    Corrupt,
 }
 
 #[derive(Archive, Serialize)]
@@ -183,6 +184,7 @@ impl From<State> for WireState {
             State::Cold(ColdReason::Evicted) => Self::Evicted,
             State::Cold(ColdReason::Restarted) => Self::Restarted,
             State::Cold(ColdReason::HoldersLost) => Self::HoldersLost,
+            State::Cold(ColdReason::Corrupt) => Self::Corrupt,
         }
     }
 }
@@ -242,6 +244,7 @@ impl ArchivedWireManifest {
                 ArchivedWireState::Evicted => State::Cold(ColdReason::Evicted),
                 ArchivedWireState::Restarted => State::Cold(ColdReason::Restarted),
                 ArchivedWireState::HoldersLost => State::Cold(ColdReason::HoldersLost),
+                ArchivedWireState::Corrupt => State::Cold(ColdReason::Corrupt),
             },
             holders: holders.into(),
             writes: self.writes.iter().map(ArchivedWireWrite::read).collect::<Result<_, _>>()?,

@@ -156,6 +156,18 @@ impl Handle {
         self.inner.faults.get(usize::from(gpu.0)).cloned()
     }
 
+    /// Flips a bit of a session's pinned bytes, for tests and drills.
+    ///
+    /// # Errors
+    /// [`Error`] where it has none that can be read.
+    pub async fn flip_pinned_bit(&self, key: &SessionKey) -> Result<(), Error> {
+        let answered = self.ask(key, Verb::ReadAll, Vec::new(), None).await?;
+        let first = answered.blocks.first();
+        let first = first.ok_or_else(|| Error::Internal(format!("{key} has no pinned bytes")))?;
+        keepwarm_memory::flip_bit(first, 0);
+        Ok(())
+    }
+
     /// Makes a GPU's actor panic, for tests and drills.
     pub fn panic_gpu(&self, gpu: GpuIndex) {
         if let Some(gpu) = self.links().gpu(gpu) {

@@ -142,6 +142,7 @@ fn state() -> impl Strategy<Value = State> {
         Just(State::Cold(ColdReason::Evicted)),
         Just(State::Cold(ColdReason::Restarted)),
         Just(State::Cold(ColdReason::HoldersLost)),
+        Just(State::Cold(ColdReason::Corrupt)),
     ]
 }
 
