@@ -1,6 +1,6 @@
 //! Three nodes as processes: killed, killed and started at once, stopped past their take-over; what was acknowledged
 //! is there, through every node, byte for byte.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test that cannot go on fails, and says why")]
 
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, UdpSocket};

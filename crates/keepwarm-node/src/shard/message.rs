@@ -15,10 +15,6 @@ use crate::admission::Permit;
 use crate::error::Error;
 
 /// Everything a shard actor can be told.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "most messages are the large one; a box would cost an allocation each"
-)]
 pub(crate) enum ShardMsg {
     /// A verb on a session.
     Ask(Ask),
