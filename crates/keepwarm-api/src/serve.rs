@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::ConnectInfo;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use axum::{Extension, Router};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -21,8 +23,10 @@ use crate::problem::Problem;
 pub const CONNECTIONS_MAX: usize = 4096;
 /// A client whose body does not go on, or who sends no request head, is cut after this.
 pub const SLOW_READER: Duration = Duration::from_secs(30);
-/// Longest request head.
+/// Longest request head: request line and headers.
 const HEAD_BYTES_MAX: usize = 64 << 10;
+/// What an HTTP/1 connection reads ahead at most: room for a long head, and for a body to arrive in large pieces.
+const READ_AHEAD: usize = 8 * HEAD_BYTES_MAX;
 /// Connections that are told at once that the server stops; more wait to be accepted.
 const REFUSALS_MAX: usize = 64;
 
@@ -72,7 +76,7 @@ pub async fn serve(
                 .http1()
                 .timer(TokioTimer::new())
                 .header_read_timeout(SLOW_READER)
-                .max_buf_size(HEAD_BYTES_MAX * 8);
+                .max_buf_size(READ_AHEAD);
             builder.http2().timer(TokioTimer::new()).max_header_list_size(HEAD_BYTES_MAX as u32);
             let connection = builder.serve_connection_with_upgrades(
                 TokioIo::new(crate::stall::Stall::new(stream, SLOW_READER)),
@@ -139,6 +143,14 @@ async fn refuse(listener: &TcpListener) {
     }
 }
 
+/// Bytes of a request's head as HTTP/1 has them on the wire, nearly.
+fn head_bytes<B>(request: &hyper::Request<B>) -> usize {
+    let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    // A colon, a space and a line's end.
+    let headers = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len() + 4);
+    target + headers.sum::<usize>()
+}
+
 fn connection_service(
     router: Router,
     peer: SocketAddr,
@@ -154,6 +166,9 @@ fn connection_service(
     let service = tower::service_fn(move |mut request: hyper::Request<Incoming>| {
         let router = router.clone();
         async move {
+            if head_bytes(&request) > HEAD_BYTES_MAX {
+                return Ok(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE.into_response());
+            }
             request.extensions_mut().insert(ConnectInfo(peer));
             router.oneshot(request).await
         }
@@ -249,5 +264,13 @@ mod tests {
         stop.send(()).unwrap();
         assert_eq!(server.await.unwrap().unwrap(), 1);
         drop(end);
+    }
+
+    #[tokio::test]
+    async fn a_head_beyond_the_limit_is_refused() {
+        let Bench { address, stop: _stop, end: _end, .. } = bench(DEADLINE).await;
+        let long = |bytes: usize| format!("X-Long: {}\r\n", "x".repeat(bytes));
+        read_until(&mut ask(address, &long(HEAD_BYTES_MAX - 100)).await, "HTTP/1.1 200").await;
+        read_until(&mut ask(address, &long(HEAD_BYTES_MAX)).await, "HTTP/1.1 431").await;
     }
 }
