@@ -103,7 +103,7 @@ impl Server {
         let (stop, stopped) = oneshot::channel::<()>();
         let app = router(ApiState { handle: handle.clone(), chat, credentials });
         let served = tokio::spawn(async move {
-            serve(listener, app, async { drop(stopped.await) }).await.unwrap();
+            serve(listener, app, async { drop(stopped.await) }, Duration::from_secs(10)).await.unwrap();
         });
         Self {
             url,

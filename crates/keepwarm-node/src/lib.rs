@@ -21,6 +21,7 @@ mod cluster;
 mod copy;
 mod error;
 mod gpu;
+mod growth;
 mod handle;
 mod links;
 mod metrics;

@@ -1,6 +1,8 @@
 //! The node's metrics, by the names of the API's contract; Prometheus text on demand.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use keepwarm_core::residency::EvictReason;
 use keepwarm_types::{Bytes, Source, Tier};
@@ -11,6 +13,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use crate::growth::Growth;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BySource {
@@ -34,6 +38,10 @@ struct ByCode {
 struct ByTier {
     tier: String,
     kind: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfTier {
+    tier: String,
 }
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByState {
@@ -88,6 +96,8 @@ pub struct Metrics {
     lag_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     sessions: Family<ByState, Gauge>,
     tier_bytes: Family<ByTier, Gauge>,
+    tier_seconds_to_full: Family<OfTier, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    growth: Mutex<HashMap<String, Growth>>,
     evictions: Family<ByEviction, Counter>,
     rejects: Family<ByCode, Counter>,
     leases: Family<ByState, Gauge>,
@@ -119,6 +129,8 @@ impl Default for Metrics {
             lag_seconds: Gauge::default(),
             sessions: Family::default(),
             tier_bytes: Family::default(),
+            tier_seconds_to_full: Family::default(),
+            growth: Mutex::default(),
             evictions: Family::default(),
             rejects: Family::default(),
             leases: Family::default(),
@@ -151,6 +163,11 @@ impl Default for Metrics {
         r.register("checkpoint_lag_seconds", "Duration of the last checkpoint", metrics.lag_seconds.clone());
         r.register("sessions", "Sessions by state", metrics.sessions.clone());
         r.register("tier_bytes", "Arena bytes by tier and kind", metrics.tier_bytes.clone());
+        r.register(
+            "tier_seconds_to_full",
+            "Time until a tier is full at its recent growth; 1e9 where it does not grow",
+            metrics.tier_seconds_to_full.clone(),
+        );
         r.register("evictions", "Sessions evicted by tier and reason", metrics.evictions.clone());
         r.register("rejects", "Requests refused by code", metrics.rejects.clone());
         r.register("leases", "Leases by state", metrics.leases.clone());
@@ -261,6 +278,10 @@ impl Metrics {
             let gauge = self.tier_bytes.get_or_create(&ByTier { tier: tier.to_owned(), kind }).clone();
             gauge.set(i64::try_from(bytes.0).unwrap_or(i64::MAX));
         }
+        let mut growth = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        let growth = growth.entry(tier.to_owned()).or_default();
+        let seconds = growth.seconds_to_full(Instant::now(), figures.used, figures.reserved);
+        self.tier_seconds_to_full.get_or_create(&OfTier { tier: tier.to_owned() }).set(seconds);
     }
 
     /// Leases running.
@@ -305,19 +326,52 @@ impl Metrics {
 mod tests {
     use super::*;
 
+    /// What API.md promises of every node.
+    const CONTRACT: [&str; 17] = [
+        "restore_seconds_count{source=\"pinned\"}",
+        "ttft_seconds_count{source=\"hbm\"}",
+        "lookups_total{result=\"hit\",reason=\"resident\"}",
+        "prefill_tokens_avoided_total",
+        "checkpoint_lag_bytes",
+        "checkpoint_lag_seconds",
+        "sessions{state=\"warm\"}",
+        "tier_bytes{tier=\"pinned\",kind=\"largest_free\"}",
+        "tier_seconds_to_full{tier=\"pinned\"}",
+        "evictions_total{tier=\"pinned\",reason=",
+        "rejects_total{code=\"leased\"} 1",
+        "leases{state=\"running\"}",
+        "contexts{model=\"m\",gpu=\"0\",state=\"busy\"}",
+        "queue_depth{model=\"m\"}",
+        "batch_size_count{model=\"m\"}",
+        "moves_bytes_total{from=\"pinned\",to=\"hbm\"} 10",
+        "checksum_failures_total{where=\"read\"} 1",
+    ];
+
     #[test]
     fn the_contracts_names_are_there() {
         let metrics = Metrics::default();
+        let arena = crate::handle::ArenaInfo {
+            reserved: Bytes(100),
+            used: Bytes(10),
+            largest_free: Bytes(90),
+            fragmentation: 0.0,
+        };
         metrics.restored(Source::Pinned, Duration::from_millis(3), Bytes(10));
+        metrics.ttft(Source::Hbm, Duration::from_millis(3));
+        metrics.lookup("hit", "resident");
+        metrics.set_sessions("warm", 1);
+        metrics.set_tier("pinned", &arena);
+        metrics.evicted(Tier::Pinned, EvictReason::Room);
         metrics.reject("leased");
+        metrics.set_leases(1);
+        metrics.set_contexts("m", 0, "busy", 1);
+        metrics.set_queue_depth("m", 1);
+        metrics.batch("m", 1);
         metrics.checksum_failed("read");
         let text = metrics.encode();
-        for name in [
-            "keepwarm_restore_seconds_count{source=\"pinned\"} 1",
-            "keepwarm_rejects_total{code=\"leased\"} 1",
-            "where=\"read\"",
-        ] {
-            assert!(text.contains(name), "{name} is not in:\n{text}");
+        for name in CONTRACT {
+            let line = format!("\nkeepwarm_{name}");
+            assert!(text.contains(&line), "{name} is not in:\n{text}");
         }
     }
 }

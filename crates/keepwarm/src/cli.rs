@@ -76,6 +76,11 @@ pub(crate) struct Remote {
     pub(crate) token: Option<String>,
 }
 
+/// Seconds in which to stop: a default answer of 512 tokens at some 12 tokens a second, and a part for the node.
+const STOP_GRACE_S: u64 = 60;
+/// A day: longer is surely a slip.
+const STOP_GRACE_MAX_S: u64 = 86_400;
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// The cluster's file; without one, a cluster of one from the options below.
@@ -102,6 +107,9 @@ pub(crate) struct ServeArgs {
     /// A GGUF file to serve; or tiny:SEED, a tiny model with random weights.
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<String>,
+    /// Seconds in which to stop: answers under way may end, then the node writes down what it took.
+    #[arg(long, value_name = "SECONDS", default_value_t = STOP_GRACE_S, value_parser = clap::value_parser!(u64).range(1..=STOP_GRACE_MAX_S))]
+    pub(crate) stop_grace: u64,
     /// Stop when standard input ends: whoever started this process and holds the other end is gone then.
     #[arg(long, hide = true)]
     pub(crate) until_stdin_ends: bool,

@@ -29,8 +29,8 @@ use crate::output::{note, print};
 
 /// The node's name where no option says.
 const NODE_DEFAULT: &str = "n1";
-/// How long the node may finish what it accepted, once its connections are done.
-const STOP_GRACE: Duration = Duration::from_secs(20);
+/// The node's part of the time in which to stop, at the end of it: a fifth. Connections have the rest.
+const NODE_PART: u32 = 5;
 /// What a second signal ends the process with: 128 + SIGTERM, as a shell would say.
 const CODE_KILLED: i32 = 143;
 
@@ -57,30 +57,36 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
     }
     print(&format!("ready http={address} node={name}\n"))?;
     tracing::info!(%address, node = %name, "ready");
+    let grace = Duration::from_secs(args.stop_grace);
+    let node_part = grace / NODE_PART;
     let mut stopped = stop.clone();
     let until = async move {
         // An error means that nobody can signal any more, which is a reason to stop too.
         let _ = stopped.wait_for(|stop| *stop).await;
         tracing::info!("stopping: requests under way may finish; a second signal ends the process at once");
     };
-    let failed = tokio::select! {
-        served = keepwarm_api::serve(listener, router, until) => served.err().map(|error| error.to_string()),
-        reason = running.failed() => Some(reason),
+    let (cut, failed) = tokio::select! {
+        served = keepwarm_api::serve(listener, router, until, grace - node_part) => match served {
+            Ok(cut) => (cut, None),
+            Err(error) => (0, Some(error.to_string())),
+        },
+        reason = running.failed() => (0, Some(reason)),
     };
     let again = running.superseded();
-    let report = running.shutdown(STOP_GRACE).await;
-    tracing::info!(?report, "stopped");
+    let report = running.shutdown(node_part).await;
+    tracing::info!(?report, cut, "stopped");
     match failed {
         Some(reason) if again => {
             tracing::warn!(%reason, "starting anew");
             Err(start_anew())
         }
         Some(reason) => Err(Failure::failed(format!("the node cannot go on: {reason}"))),
-        None if report.unfinished + report.checkpoints > 0 => Err(Failure::failed(format!(
-            "stopped with {} requests and {} checkpoints unfinished after {} s",
+        None if cut + report.unfinished + report.checkpoints > 0 => Err(Failure::failed(format!(
+            "stopped with {cut} connections, {} requests and {} checkpoints unfinished after {} s: a longer \
+             --stop-grace lets them end",
             report.unfinished,
             report.checkpoints,
-            STOP_GRACE.as_secs()
+            grace.as_secs()
         ))),
         None => Ok(()),
     }

@@ -20,6 +20,7 @@ use crate::auth::Caller;
 use crate::dto::cluster;
 use crate::dto::session::receipt;
 use crate::problem::Problem;
+use crate::serve::Stopping;
 
 /// End each of a tenant's sessions.
 #[utoipa::path(post, path = "/v1/tenants/{name}/purge", tag = "admin", params(("name" = String, Path)),
@@ -132,7 +133,16 @@ pub(crate) async fn node(
 pub(crate) async fn events(
     State(state): State<ApiState>,
     caller: Caller,
+    extensions: Extensions,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    // It has no end of its own: a server that stops need not wait for it.
+    let stopping = extensions.get::<Stopping>().cloned();
+    let stopping = async move {
+        match stopping {
+            Some(stopping) => stopping.begun().await,
+            None => futures::future::pending().await,
+        }
+    };
     let seen = BroadcastStream::new(state.handle.events()).filter_map(move |event| {
         let event = match event {
             Ok(event) => {
@@ -147,7 +157,7 @@ pub(crate) async fn events(
         };
         futures::future::ready(event.map(Ok))
     });
-    Sse::new(seen).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+    Sse::new(seen.take_until(stopping)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
 }
 
 /// The process is alive.

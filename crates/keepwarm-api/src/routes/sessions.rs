@@ -87,6 +87,7 @@ pub(crate) async fn list(
     extensions: Extensions,
 ) -> Result<Response, Problem> {
     let (mut after, mut limit, mut wanted) = (None, LIMIT_DEFAULT, BTreeMap::new());
+    utf8(query.as_deref().unwrap_or_default())?;
     let uri = format!("/?{}", query.clone().unwrap_or_default())
         .parse()
         .map_err(|_| Problem::field("query", "is not a query string"))?;
@@ -116,6 +117,37 @@ pub(crate) async fn list(
     }
     let path = format!("/v1/sessions?{}", query.as_deref().unwrap_or_default());
     Ok(Answer(of_all_nodes(&state, &caller, &path, limit, page).await).into_response())
+}
+
+/// Refuses a query whose unescaped bytes are no UTF-8: read leniently, it would look for another label.
+fn utf8(query: &str) -> Result<(), Problem> {
+    for pair in query.split('&') {
+        if percent_decode(pair).is_none() {
+            let name = pair.split('=').next().unwrap_or_default();
+            return Err(Problem::field(name, "is not UTF-8: percent-escape the bytes of a UTF-8 text"));
+        }
+    }
+    Ok(())
+}
+
+/// The text that a percent-escaped one stands for, if it is UTF-8.
+fn percent_decode(text: &str) -> Option<String> {
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
+    while let Some((first, behind)) = rest.split_first() {
+        let escaped = behind.get(..2).filter(|_| *first == b'%');
+        let escaped = escaped.and_then(|digits| std::str::from_utf8(digits).ok());
+        match escaped.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &behind[2..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok()
 }
 
 /// Puts the pages of all nodes together; shards of a node that does not answer are named as incomplete.
@@ -266,4 +298,21 @@ pub(crate) async fn import(
         .map_err(|error| keepwarm_node::Error::BodyLength(format!("the body broke off: {error}")));
     let info = archive::import(&state.handle, &caller.tenant, id, stream).await?;
     Ok(shown(&state, StatusCode::CREATED, info, None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_that_is_no_utf8_is_refused_by_its_name() {
+        for good in
+            ["", "limit=3&label.user=42", "label.user=%C3%A4+%41", "label.user=100%", "label.user=%zz"]
+        {
+            assert!(utf8(good).is_ok(), "{good}");
+        }
+        let refused = utf8("limit=3&label.user=%ff").unwrap_err();
+        assert_eq!(refused.code(), "invalid_field");
+        assert!(utf8("label.user=%C3").is_err());
+    }
 }
