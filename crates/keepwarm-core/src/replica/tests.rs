@@ -160,7 +160,7 @@ fn write(instance: u64) -> Verb {
 
 fn sent(commands: &[ReplicaCommand]) -> Vec<(&Member, &Message)> {
     let sent = |command| match command {
-        &ReplicaCommand::Send(ref envelope) => Some((&envelope.to, &envelope.message)),
+        ReplicaCommand::Send(envelope) => Some((&envelope.to, &envelope.message)),
         _ => None,
     };
     commands.iter().filter_map(sent).collect()
