@@ -67,6 +67,10 @@ pub enum Fault {
         node: usize,
         by: u64,
     },
+    /// A primary and its first secondary hear nothing of the others and of the registry.
+    OldPair {
+        lasts: u64,
+    },
     /// All at once.
     CrashAll,
 }
@@ -81,7 +85,9 @@ impl World {
             self.after(at, Happening::Fault(Fault::Drain { node: rng.random_range(0..nodes), lasts }));
         }
         if self.bug(Bug::ConfirmedByOne) {
-            self.split_pairs(rng);
+            for at in [400, 2_700] {
+                self.after(at, Happening::Fault(Fault::OldPair { lasts: 2_000 }));
+            }
         }
         for _ in 0..rng.random_range(2..8) {
             let at = rng.random_range(FORMING_MS..FAULTS_MS - 200);
@@ -128,18 +134,16 @@ impl World {
         self.after(FAULTS_MS, Happening::Heal);
     }
 
-    /// Two nodes at a time stay together without the others and the registry.
-    fn split_pairs(&mut self, rng: &mut ChaCha8Rng) {
-        let nodes = self.shape.nodes;
-        for at in [400, 1_500, 2_600, 3_700] {
-            let first = rng.random_range(0..nodes);
-            let pair = [first, (first + rng.random_range(1..nodes)) % nodes];
-            let all = (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b)));
-            let pairs = all.filter(|(a, b)| pair.contains(a) != pair.contains(b)).collect();
-            self.after(at, Happening::Fault(Fault::Cut { pairs, lasts: 950 }));
-            for node in pair {
-                self.after(at, Happening::Fault(Fault::Astray { node, lasts: 950 }));
-            }
+    /// A primary and its first secondary stay together, without the others and the registry.
+    fn split_old_pair(&mut self, lasts: u64) {
+        let Some(set) = self.registry.set(ShardId(0)) else { return };
+        let pair: Vec<_> = set.replicas.iter().take(2).map(|member| self.place(member)).collect();
+        let nodes = self.nodes.len();
+        let all = (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b)));
+        let pairs = all.filter(|(a, b)| pair.contains(a) != pair.contains(b)).collect();
+        self.fault(Fault::Cut { pairs, lasts });
+        for node in pair {
+            self.fault(Fault::Astray { node, lasts });
         }
     }
 
@@ -161,6 +165,7 @@ impl World {
                 }
                 return self.after(*down, Happening::Restart(*node));
             }
+            Fault::OldPair { lasts } => return self.split_old_pair(*lasts),
             Fault::CrashAll => {
                 for node in 0..self.nodes.len() {
                     self.crash(node);
@@ -241,6 +246,7 @@ impl World {
             | Fault::DiskBreaks { .. }
             | Fault::Accuse { .. }
             | Fault::ClockJumps { .. }
+            | Fault::OldPair { .. }
             | Fault::CrashAll => {}
         }
     }

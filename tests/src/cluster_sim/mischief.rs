@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::replica::{Content, Envelope, Message, Role};
+use keepwarm_core::replica::{Content, Envelope, Message, ReplicaEvent, Role};
 use keepwarm_core::session::Stamp;
 use keepwarm_core::shard::Record;
 use keepwarm_types::{SessionKey, ShardId};
@@ -47,7 +47,10 @@ impl World {
         };
         let Some(life) = self.nodes[to].process.as_ref().map(|process| process.life) else { return };
         let wait = 1 + self.below(4);
-        self.after(wait, Happening::At { node: to, life, what: Local::Message(forged) });
+        self.after(
+            wait,
+            Happening::At { node: to, life, what: Local::Event(asked.shard, ReplicaEvent::Peer(forged)) },
+        );
     }
 
     /// A message as a bug lets it be taken; none where it is answered without the replica.

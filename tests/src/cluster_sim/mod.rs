@@ -3,6 +3,22 @@
 //!
 //! Time is virtual and everything runs on one thread, so a seed is a history. What clients were promised is kept by
 //! [`promises`]; what must hold is in [`invariants`], and each [`Bug`] shows that they would notice.
+//!
+//! Bugs that it found in the core, each by a seed of its day (a seed is another history after any change of the core):
+//!
+//! - a comparison that came late dropped a session acknowledged since (74, 289); a late install put an older state in
+//!   a newer one's place: a primary's messages are numbered;
+//! - a session sent whole as it was before a change undid the receiver's acknowledgement of that change (159, 906);
+//! - a placement by a new primary, made while the session's transcript waited for a full disk, kept a transcript that
+//!   then never came there (980, 2719);
+//! - a change that others might have was taken back, with its bytes leaked, once they had left the set (4163);
+//! - an end under way could not be sent whole, as the catalog had nothing of the session any more: its learner was
+//!   never promoted (92, 860);
+//! - the news of a commit was sent once: where it got lost, superseded bytes stayed (157, 198);
+//! - a session whose holder had no room was never copied again (163);
+//! - bytes that came twice, or were here already, kept a name too many (2, 13, 21); bytes fetched across an office's
+//!   end leaked, and those of a doubted placement were freed under their manifest;
+//! - a fetch left one holder too many (7, 12); an end's time differed between its writer and who was sent it (5, 11).
 
 pub mod authority;
 pub mod bug;
