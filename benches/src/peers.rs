@@ -203,6 +203,9 @@ impl Sender {
     }
 }
 
+/// GB/s and CPU seconds per GB, of bare quinn and of the links.
+type Round = ((f64, f64), (f64, f64));
+
 /// Runs it.
 pub(crate) fn run() {
     let (theirs, ours) = (Receiver::spawn("bare"), Receiver::spawn("links"));
@@ -217,8 +220,7 @@ pub(crate) fn run() {
                 let b = bare.round(&theirs, &piece, shape).await;
                 rounds.push((b, links.round(&ours, &piece, shape).await));
             }
-            let of =
-                |pick: &dyn Fn(&((f64, f64), (f64, f64))) -> f64| median(rounds.iter().map(pick).collect());
+            let of = |pick: &dyn Fn(&Round) -> f64| median(rounds.iter().map(pick).collect());
             println!(
                 "{word:<20} bare quinn {:.2} GB/s ({:.2} cpu s/GB)   links {:.2} GB/s ({:.2})   ratio {:.2}",
                 of(&|r| r.0.0),
