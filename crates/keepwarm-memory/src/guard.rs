@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use keepwarm_types::{Birth, BlockChecksum, Bytes, Incarnation, InstanceId, Owner, TenantName};
 
+use crate::arena::BLOCK_ALIGN;
 use crate::arena::Shared;
 use crate::arena::Slot;
 use crate::checksum::{Corrupt, block_checksum};
@@ -53,12 +54,20 @@ struct Memory {
     offset: u64,
     capacity: usize,
     tenant: TenantName,
+    /// Whether nothing of another tenant is left in the slot. A block that was not written to its end, or whose
+    /// size is below its slot's, leaves what was there before.
+    alone: bool,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.arena.release(self.slot, self.tenant.clone());
+        self.arena.release(self.slot, self.tenant.clone(), self.alone);
     }
+}
+
+/// Bytes of the slot that a block of this capacity has.
+const fn slot_bytes(capacity: usize) -> usize {
+    capacity.next_multiple_of(BLOCK_ALIGN as usize)
 }
 
 /// A block that one holder may write.
@@ -90,7 +99,7 @@ impl BlockMut {
         owner: Owner,
         scrub: bool,
     ) -> Self {
-        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant };
+        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant, alone: !scrub };
         Self { memory, birth: owner.birth, written: 0, scrub }
     }
 
@@ -117,14 +126,16 @@ impl BlockMut {
     /// as written from now on.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let (offset, capacity) = (self.memory.offset, self.memory.capacity);
-        // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
-        let all = unsafe { self.memory.arena.region.slice_mut(offset, capacity) };
+        // SAFETY: this guard is the only one of its slot, which has the capacity rounded up to the alignment, and
+        // `&mut self` rules out any other use of it.
+        let all = unsafe { self.memory.arena.region.slice_mut(offset, slot_bytes(capacity)) };
         if self.scrub {
             all[self.written..].fill(0);
             self.scrub = false;
+            self.memory.alone = true;
         }
         self.written = capacity;
-        all
+        &mut all[..capacity]
     }
 
     /// Writes `data` at `at`, which must not leave a gap behind what was written.
@@ -140,6 +151,7 @@ impl BlockMut {
         // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
         unsafe { self.memory.arena.region.slice_mut(offset, data.len()) }.copy_from_slice(data);
         self.written = self.written.max(end);
+        self.memory.alone |= self.written == slot_bytes(self.memory.capacity);
         Ok(())
     }
 

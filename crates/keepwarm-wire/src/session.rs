@@ -404,8 +404,8 @@ mod tests {
         assert_eq!(read(|wire| wire.branches = vec![[0; 16]; 10]), more("manifest.branches", 10, 9));
         let holder = || WireMember::new_unchecked("n", 1);
         assert_eq!(
-            read(|wire| wire.holders = (0..13).map(|_| holder()).collect()),
-            more("manifest.holders", 13, 12)
+            read(|wire| wire.holders = (0..=HOLDERS_MAX).map(|_| holder()).collect()),
+            more("manifest.holders", HOLDERS_MAX as u64 + 1, HOLDERS_MAX as u64)
         );
         let write = || WireWrite { id: [0; 16], asked: 0, revision: 0, length_tokens: 0, length: 0 };
         assert_eq!(

@@ -159,11 +159,13 @@ fn write(instance: u64) -> Verb {
 }
 
 fn sent(commands: &[ReplicaCommand]) -> Vec<(&Member, &Message)> {
-    let sent = |command| match command {
-        ReplicaCommand::Send(envelope) => Some((&envelope.to, &envelope.message)),
-        _ => None,
-    };
-    commands.iter().filter_map(sent).collect()
+    let mut sent = Vec::new();
+    for command in commands {
+        if let ReplicaCommand::Send(envelope) = command {
+            sent.push((&envelope.to, &envelope.message));
+        }
+    }
+    sent
 }
 
 fn three() -> Net {
