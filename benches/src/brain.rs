@@ -21,6 +21,11 @@ const SESSIONS: u64 = 1_000_000;
 struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
+/// Bytes allocated now.
+pub(crate) fn live_bytes() -> usize {
+    LIVE.load(Ordering::Relaxed)
+}
+
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 

@@ -12,6 +12,8 @@
 mod brain;
 mod engine;
 mod parts;
+mod peers;
+mod registry;
 mod restore;
 mod resume;
 mod steady;
@@ -27,16 +29,21 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 type Bench = (&'static str, fn());
 
-const BENCHES: [Bench; 6] = [
+const BENCHES: [Bench; 8] = [
     ("parts", parts::run),
     ("restore", restore::run),
     ("engine", engine::run),
     ("resume", resume::run),
     ("core", brain::run),
     ("steady", steady::run),
+    ("registry", registry::run),
+    ("peers", peers::run),
 ];
 
 fn main() {
+    if peers::is_child() {
+        return peers::child();
+    }
     let names: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|(known, _)| known != name)) {
         let known: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();

@@ -232,7 +232,7 @@ async fn keepwarm() -> Http {
     let app =
         router(ApiState { handle, chat: Arc::new(NoModels), credentials: Arc::new(Credentials::default()) });
     tokio::spawn(async move {
-        serve(listener, app, std::future::pending()).await.unwrap();
+        serve(listener, app, std::future::pending(), Duration::ZERO).await.unwrap();
         drop(node);
     });
     Http { address, paths }

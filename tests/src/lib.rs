@@ -1,6 +1,7 @@
 //! What the whole-system tests share: a real node behind a real listener, and a client that reads answers.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on fails")]
 
+pub mod cluster_sim;
 pub mod sim;
 
 use std::path::Path;
@@ -102,7 +103,7 @@ impl Server {
         let (stop, stopped) = oneshot::channel::<()>();
         let app = router(ApiState { handle: handle.clone(), chat, credentials });
         let served = tokio::spawn(async move {
-            serve(listener, app, async { drop(stopped.await) }).await.unwrap();
+            serve(listener, app, async { drop(stopped.await) }, Duration::from_secs(10)).await.unwrap();
         });
         Self {
             url,

@@ -28,7 +28,8 @@ enum Task {
         /// Which; all where none is named.
         names: Vec<String>,
     },
-    /// The simulation of a node: `--seed N`, `--seeds M`, `--verbose`; see its own `--help`.
+    /// The simulation of a node, or with `--cluster` of several: `--seed N`, `--seeds M`, `--verbose`; see its own
+    /// `--help`.
     #[command(disable_help_flag = true)]
     Sim {
         /// Options of the simulation.

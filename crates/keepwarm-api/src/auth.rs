@@ -6,6 +6,7 @@ use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::header;
 use axum::http::request::Parts;
 use keepwarm_config::TenantConfig;
+use keepwarm_node::RelayedCaller;
 use keepwarm_types::TenantName;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -76,6 +77,10 @@ impl FromRequestParts<ApiState> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &ApiState) -> Result<Self, Problem> {
+        // The node that was asked first has looked at the token.
+        if let Some(relayed) = parts.extensions.get::<RelayedCaller>() {
+            return Ok(Self { tenant: relayed.tenant.clone(), admin: relayed.admin });
+        }
         if state.credentials.tenants.is_empty() {
             let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
             if peer.is_some_and(|ConnectInfo(peer)| !peer.ip().is_loopback()) {

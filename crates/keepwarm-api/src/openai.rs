@@ -12,7 +12,7 @@ use futures::StreamExt;
 use keepwarm_engine::chat::{
     ChatEvent, ChatMessage, ChatRequest, ChatStream, Finished, Prompt, SessionRef, Started,
 };
-use keepwarm_types::TenantName;
+use keepwarm_types::{SessionId, TenantName};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;
@@ -183,13 +183,19 @@ fn messages_of(messages: Vec<Message>) -> Result<Vec<ChatMessage>, Problem> {
     messages.into_iter().enumerate().map(message).collect()
 }
 
-/// The session that the headers name.
-fn session(headers: &HeaderMap, tenant: &TenantName) -> Result<Option<SessionRef>, Problem> {
+/// The id of the session that the headers name.
+pub(crate) fn named_session(headers: &HeaderMap, tenant: &TenantName) -> Result<Option<SessionId>, Problem> {
     for name in SESSION_HEADERS {
-        let Some(text) = header_text(headers, name)?.map(str::trim).filter(|text| !text.is_empty()) else {
-            continue;
-        };
-        let id = session_of(text, tenant).map_err(|reason| Problem::field(name, reason))?;
+        if let Some(text) = header_text(headers, name)?.map(str::trim).filter(|text| !text.is_empty()) {
+            return session_of(text, tenant).map(Some).map_err(|reason| Problem::field(name, reason));
+        }
+    }
+    Ok(None)
+}
+
+/// The session that the headers name, and the revision that the call follows.
+fn session(headers: &HeaderMap, tenant: &TenantName) -> Result<Option<SessionRef>, Problem> {
+    if let Some(id) = named_session(headers, tenant)? {
         return Ok(Some(SessionRef { id, if_match: if_match(headers)? }));
     }
     if headers.contains_key(header::IF_MATCH) {

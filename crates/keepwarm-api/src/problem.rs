@@ -90,6 +90,12 @@ impl Problem {
         self.code
     }
 
+    /// What it says.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+
     /// The status that goes with the code.
     #[must_use]
     pub fn status(&self) -> StatusCode {
@@ -174,6 +180,8 @@ impl From<Refusal> for Problem {
             Refusal::InvalidField { field, reason } => Self::field(field, reason),
             Refusal::Overloaded { .. } => Self::new("overloaded", detail),
             Refusal::QuotaExceeded { .. } => Self::new("quota_exceeded", detail),
+            Refusal::Moving(_) => Self::new("unavailable", detail),
+            Refusal::Lost { .. } => Self::new("lost", detail),
             Refusal::Unavailable(_) => Self::new("unavailable", detail),
             Refusal::OutcomeUnknown => Self::new("outcome_unknown", detail),
         }

@@ -65,7 +65,7 @@ pub(crate) struct DiskManifest {
     transcript: [u64; 3],
     parent: Option<(u128, u64, u64, u64)>,
     branches: Vec<u128>,
-    /// 0 warm, then cold: 1 evicted, 2 restarted, 3 holders lost.
+    /// 0 warm, then cold: 1 evicted, 2 restarted, 3 holders lost, 4 corrupt.
     state: u8,
     /// Node and incarnation.
     holders: Vec<(String, u64)>,
@@ -129,18 +129,29 @@ where
 {
     let archive =
         rkyv::to_bytes::<rancor::Error>(value).expect("plain values of bounded size always archive");
-    let mut bytes = Vec::with_capacity(8 + archive.len());
-    bytes.extend(XxHash3_64::oneshot(&archive).to_le_bytes());
-    bytes.extend_from_slice(&archive);
+    sealed_bytes(&archive)
+}
+
+/// The bytes behind their sum.
+pub(crate) fn sealed_bytes(value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(8 + value.len());
+    bytes.extend(XxHash3_64::oneshot(value).to_le_bytes());
+    bytes.extend_from_slice(value);
     bytes
+}
+
+/// Checks the sum and gives the bytes.
+pub(crate) fn unsealed(bytes: &[u8]) -> Result<&[u8], BadValue> {
+    let (sum, value) = bytes.split_at_checked(8).ok_or_else(|| bad("a value is cut short"))?;
+    if XxHash3_64::oneshot(value).to_le_bytes() != sum {
+        return Err(bad("a value does not have its checksum"));
+    }
+    Ok(value)
 }
 
 /// Checks the sum and gives the archive, aligned.
 fn opened(bytes: &[u8]) -> Result<rkyv::util::AlignedVec, BadValue> {
-    let (sum, archive) = bytes.split_at_checked(8).ok_or_else(|| bad("a value is cut short"))?;
-    if XxHash3_64::oneshot(archive).to_le_bytes() != sum {
-        return Err(bad("a value does not have its checksum"));
-    }
+    let archive = unsealed(bytes)?;
     let mut aligned = rkyv::util::AlignedVec::with_capacity(archive.len());
     aligned.extend_from_slice(archive);
     Ok(aligned)
@@ -192,6 +203,7 @@ impl From<&Manifest> for DiskManifest {
                 State::Cold(ColdReason::Evicted) => 1,
                 State::Cold(ColdReason::Restarted) => 2,
                 State::Cold(ColdReason::HoldersLost) => 3,
+                State::Cold(ColdReason::Corrupt) => 4,
             },
             holders: m.holders.iter().map(|holder| (holder.node.to_string(), holder.incarnation.0)).collect(),
             writes: m.writes.iter().map(disk_write).collect(),
@@ -308,6 +320,7 @@ pub(crate) fn manifest_from(key: SessionKey, disk: DiskManifest) -> Result<Manif
             1 => State::Cold(ColdReason::Evicted),
             2 => State::Cold(ColdReason::Restarted),
             3 => State::Cold(ColdReason::HoldersLost),
+            4 => State::Cold(ColdReason::Corrupt),
             other => return Err(bad(format!("{other} is no state"))),
         },
         holders: holders.into(),

@@ -1,7 +1,7 @@
 //! Opening a catalog: the folder, its lock, its format, and whose it is.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,8 @@ const CACHE_BYTES: usize = 64 << 20;
 const FORMAT: u64 = 2;
 /// The database's file in its folder.
 const FILE: &str = "catalog.redb";
+/// The file that says that the folder had a catalog, and which: its disk id.
+const MARKER: &str = "catalog.id";
 /// The file that says which process has the folder.
 const LOCK: &str = "LOCK";
 
@@ -136,6 +138,9 @@ pub(crate) struct Inner {
     pub(crate) writer: Writer,
     pub(crate) database: Arc<Database>,
     pub(crate) shards: ShardCount,
+    pub(crate) disk_id: Uuid,
+    /// None where it is in memory.
+    pub(crate) folder: Option<PathBuf>,
     /// Held for its lock; the database closes first.
     _lock: Option<File>,
 }
@@ -153,11 +158,21 @@ impl Catalog {
         std::fs::create_dir_all(folder).map_err(|cause| io(folder, cause))?;
         let lock = lock(folder)?;
         let path = folder.join(FILE);
+        let expected = marked(folder)?;
+        // A database that is gone would be made anew, and every session that was acknowledged be unknown.
+        if expected.is_some() && std::fs::metadata(&path).map_or(true, |file| file.len() == 0) {
+            let detail = format!("it is gone or empty, but {MARKER} says that there was a catalog");
+            return Err(OpenError::Damaged { path, detail });
+        }
         let database = Database::builder()
             .set_cache_size(CACHE_BYTES)
             .create(&path)
             .map_err(|error| database_error(&path, error))?;
-        Self::start(database, &path, settings, Some(lock))
+        let (catalog, recovered) = Self::start(database, &path, settings, expected, Some((folder, lock)))?;
+        if expected.is_none() {
+            mark(folder, recovered.disk_id)?;
+        }
+        Ok((catalog, recovered))
     }
 
     /// A catalog in memory, for a node that keeps nothing.
@@ -170,20 +185,23 @@ impl Catalog {
             .set_cache_size(CACHE_BYTES)
             .create_with_backend(InMemoryBackend::new())
             .map_err(|error| database_error(&path, error))?;
-        Self::start(database, &path, settings, None)
+        Self::start(database, &path, settings, None, None)
     }
 
     fn start(
         database: Database,
         path: &Path,
         settings: &CatalogSettings,
-        lock: Option<File>,
+        expected: Option<Uuid>,
+        lock: Option<(&Path, File)>,
     ) -> Result<(Self, Recovered), OpenError> {
-        let recovered = identify(&database, path, settings)?;
+        let recovered = identify(&database, path, settings, expected)?;
         let database = Arc::new(database);
         let writer = Writer::start(Arc::clone(&database), settings.sync, settings.shards)
             .map_err(|cause| io(path, cause))?;
-        let inner = Inner { writer, database, shards: settings.shards, _lock: lock };
+        let (folder, lock) = lock.map(|(folder, lock)| (folder.to_owned(), lock)).unzip();
+        let disk_id = recovered.disk_id;
+        let inner = Inner { writer, database, shards: settings.shards, disk_id, folder, _lock: lock };
         Ok((Self { inner: Arc::new(inner) }, recovered))
     }
 }
@@ -215,23 +233,24 @@ fn lock(folder: &Path) -> Result<File, OpenError> {
     Ok(file)
 }
 
-fn io(path: &Path, cause: std::io::Error) -> OpenError {
+pub(crate) fn io(path: &Path, cause: std::io::Error) -> OpenError {
     let hint = match cause.kind() {
-        std::io::ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
-        std::io::ErrorKind::StorageFull => "; the disk is full: free some space",
-        std::io::ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
+        ErrorKind::PermissionDenied => "; give the user that runs keepwarm the right to write there",
+        ErrorKind::StorageFull => "; the disk is full: free some space",
+        ErrorKind::ReadOnlyFilesystem => "; the file system is read-only",
         _ => "",
     };
     OpenError::Io { path: path.to_owned(), cause, hint }
 }
 
-fn database_error(path: &Path, error: DatabaseError) -> OpenError {
+pub(crate) fn database_error(path: &Path, error: DatabaseError) -> OpenError {
     match error {
         DatabaseError::DatabaseAlreadyOpen => {
             OpenError::InUse { path: path.to_owned(), pid: "(unknown)".to_owned() }
         }
+        // A file cut short is damage, not a failing disk.
         DatabaseError::Storage(StorageError::Io(cause))
-            if cause.kind() != std::io::ErrorKind::InvalidData =>
+            if !matches!(cause.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof) =>
         {
             io(path, cause)
         }
@@ -239,8 +258,43 @@ fn database_error(path: &Path, error: DatabaseError) -> OpenError {
     }
 }
 
+/// The disk id that the folder's marker has; none where there never was a catalog.
+fn marked(folder: &Path) -> Result<Option<Uuid>, OpenError> {
+    let path = folder.join(MARKER);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => match text.trim().parse() {
+            Ok(disk_id) => Ok(Some(disk_id)),
+            Err(_) => Err(OpenError::Damaged { path, detail: "it is not a UUID".to_owned() }),
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(cause) if cause.kind() == ErrorKind::InvalidData => {
+            Err(OpenError::Damaged { path, detail: "it is not a UUID".to_owned() })
+        }
+        Err(cause) => Err(io(&path, cause)),
+    }
+}
+
+/// Leaves the marker behind, synced: written beside its name first, so that there is a whole one or none.
+fn mark(folder: &Path, disk_id: Uuid) -> Result<(), OpenError> {
+    let (path, beside) = (folder.join(MARKER), folder.join(format!("{MARKER}.new")));
+    let write = || {
+        let mut file = File::create(&beside)?;
+        writeln!(file, "{disk_id}")?;
+        file.sync_all()?;
+        std::fs::rename(&beside, &path)?;
+        // The names in the folder must last as well.
+        File::open(folder)?.sync_all()
+    };
+    write().map_err(|cause| io(&path, cause))
+}
+
 /// Checks whose catalog it is and counts its starts.
-fn identify(database: &Database, path: &Path, settings: &CatalogSettings) -> Result<Recovered, OpenError> {
+fn identify(
+    database: &Database,
+    path: &Path,
+    settings: &CatalogSettings,
+    marked: Option<Uuid>,
+) -> Result<Recovered, OpenError> {
     let damaged = |detail: String| OpenError::Damaged { path: path.to_owned(), detail };
     let fail = |error: redb::Error| match error {
         redb::Error::Io(cause) => io(path, cause),
@@ -278,8 +332,18 @@ fn identify(database: &Database, path: &Path, settings: &CatalogSettings) -> Res
             Some(bytes) => {
                 Uuid::from_slice(&bytes).map_err(|_| damaged("'disk_id' is not a UUID".to_owned()))?
             }
-            None => Uuid::new_v4(),
+            None => match marked {
+                Some(marked) => {
+                    return Err(damaged(format!(
+                        "it is empty, but {MARKER} says that it was catalog {marked}"
+                    )));
+                }
+                None => Uuid::new_v4(),
+            },
         };
+        if let Some(marked) = marked.filter(|marked| *marked != disk_id) {
+            return Err(damaged(format!("it is catalog {disk_id}, but {MARKER} names catalog {marked}")));
+        }
         let incarnation = number("incarnation")?.unwrap_or(0) + 1;
         let pairs: [(&str, &[u8]); 4] = [
             ("format", &FORMAT.to_le_bytes()),

@@ -1,6 +1,6 @@
 //! Reading the catalog: a shard at start, a transcript at any time.
 
-use keepwarm_core::session::{Manifest, Message};
+use keepwarm_core::session::{Manifest, Message, Stamp};
 use keepwarm_core::shard::Tombstone;
 use keepwarm_types::{Birth, SessionKey, ShardId};
 use redb::ReadableDatabase;
@@ -83,6 +83,24 @@ impl Catalog {
             tombstones.push((key, disk::tombstone_from(&disk)));
         }
         Ok(tombstones)
+    }
+
+    /// A session's stamp and whole transcript, of one moment; none where it is not there. Blocks on disk; call it off
+    /// the async threads.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn whole(&self, key: &SessionKey) -> Result<Option<(Stamp, Transcript)>, ReadError> {
+        let begin = self.inner.database.begin_read()?;
+        let shards = self.inner.shards;
+        let sessions = begin.open_table(SESSIONS)?;
+        let Some(value) = sessions.get(disk::key_bytes(key, shards).as_slice())? else { return Ok(None) };
+        let manifest = disk::manifest_from(key.clone(), disk::decode_manifest(value.value())?)?;
+        let transcript = Transcript {
+            tokens: read_tokens(&begin.open_table(TOKENS)?, key, shards, manifest.birth)?,
+            messages: read_messages(&begin.open_table(MESSAGES)?, key, shards, manifest.birth)?,
+        };
+        Ok(Some((manifest.stamp, transcript)))
     }
 
     /// The transcript of a session's life, as last committed. Blocks on disk; call it off the async threads.

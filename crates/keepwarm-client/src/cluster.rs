@@ -90,10 +90,12 @@ pub struct Node {
     /// Where it answers.
     pub http: String,
     /// Its GPUs.
+    #[serde(default)]
     pub gpus: Vec<Gpu>,
     /// Its pinned memory.
-    pub pinned: Pinned,
+    pub pinned: Option<Pinned>,
     /// Whether stopping it now would cost no needed copy.
+    #[serde(default)]
     pub safe_to_stop: bool,
     /// What speaks against it.
     #[serde(default)]
@@ -126,8 +128,8 @@ pub struct Cluster {
     pub under_replicated_sessions: u64,
     /// The spec in force.
     pub spec: Spec,
-    /// Who leads the registry.
-    pub registry_leader: String,
+    /// Who leads the registry; nobody while its voters elect.
+    pub registry_leader: Option<String>,
 }
 
 /// A shard.
@@ -139,6 +141,9 @@ pub struct Shard {
     pub generation: u64,
     /// The owner first.
     pub replicas: Vec<String>,
-    /// Sessions in it.
-    pub sessions: u64,
+    /// Who is being filled, to become a replica.
+    #[serde(default)]
+    pub learner: Option<String>,
+    /// Sessions in it, where the node that was asked has a replica of it.
+    pub sessions: Option<u64>,
 }

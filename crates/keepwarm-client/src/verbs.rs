@@ -240,9 +240,9 @@ pub struct Freed {
     pub node: String,
     /// In which tier.
     pub tier: Tier,
-    /// How many bytes.
+    /// How many bytes; what another session or a reader still holds is not counted.
     pub bytes: u64,
-    /// Whether they are zeroed before any other use.
+    /// Whether they are zeroed already; if not, they are before any other tenant's use.
     pub scrubbed: bool,
 }
 

@@ -1,7 +1,7 @@
 //! The configuration as the rest of keepwarm uses it: typed, whole, valid.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -14,6 +14,8 @@ pub struct Config {
     pub version: u64,
     /// BLAKE3 of the text; of the empty text for a node without a file.
     pub hash: String,
+    /// The file's folder, absolute, from which its relative paths start; empty for a node without a file.
+    pub folder: PathBuf,
     /// Name of the cluster.
     pub name: String,
     /// Copies of each session's bytes.
@@ -24,6 +26,12 @@ pub struct Config {
     pub degraded_writes: DegradedWrites,
     /// When a commit is safe.
     pub sync: SyncMode,
+    /// How long a peer may be silent before it is suspected.
+    pub suspect_after: Duration,
+    /// How long a shard's last copy may be away before it counts as gone; none waits for an operator.
+    pub give_up_after: Option<Duration>,
+    /// How long a write may wait for its replicas before its outcome counts as unknown.
+    pub write_deadline: Duration,
     /// Certificates; needed beyond loopback.
     pub tls: Option<TlsConfig>,
     /// The nodes.
@@ -80,10 +88,18 @@ pub struct NodeConfig {
     pub pinned: Bytes,
     /// Where its catalog lies; none keeps it in memory.
     pub data_dir: Option<PathBuf>,
-    /// Whether it votes in the registry.
+    /// Whether it votes in the registry; the only node of a file always does.
     pub voter: bool,
     /// Its GPUs.
     pub gpus: Vec<GpuConfig>,
+}
+
+impl NodeConfig {
+    /// Whether it holds copies of sessions; a node without pinned memory only votes.
+    #[must_use]
+    pub fn stores(&self) -> bool {
+        self.pinned > Bytes::ZERO
+    }
 }
 
 /// A GPU of a node.
@@ -242,6 +258,10 @@ pub struct SingleNode {
 
 /// Shards of a node without a file: enough to keep one busy session's commits from another's.
 const SINGLE_SHARDS: u64 = 64;
+/// Silence before a peer is suspected, where the file does not say: a take-over is to end within a second.
+pub(crate) const SUSPECT_AFTER: Duration = Duration::from_millis(400);
+/// A write's wait for its replicas, where the file does not say: longer than a suspicion and a take-over.
+pub(crate) const WRITE_DEADLINE: Duration = Duration::from_secs(5);
 
 impl Config {
     /// A cluster of one that needs no file.
@@ -252,11 +272,15 @@ impl Config {
         Self {
             version: 0,
             hash: blake3::hash(b"").to_hex().to_string(),
+            folder: PathBuf::new(),
             name: "single".to_owned(),
             replication: 1,
             shards: ShardCount::new(SINGLE_SHARDS).expect("a power of two"),
             degraded_writes: DegradedWrites::Allow,
             sync: SyncMode::Always,
+            suspect_after: SUSPECT_AFTER,
+            give_up_after: None,
+            write_deadline: WRITE_DEADLINE,
             tls: None,
             nodes: vec![NodeConfig {
                 name: node.name,
@@ -279,5 +303,28 @@ impl Config {
     #[must_use]
     pub fn node(&self, name: &NodeName) -> Option<&NodeConfig> {
         self.nodes.iter().find(|node| node.name == *name)
+    }
+
+    /// The nodes that vote in the registry, in the file's order.
+    pub fn voters(&self) -> impl Iterator<Item = &NodeConfig> {
+        self.nodes.iter().filter(|node| node.voter)
+    }
+
+    /// The nodes that hold copies of sessions, in the file's order.
+    pub fn storing(&self) -> impl Iterator<Item = &NodeConfig> {
+        self.nodes.iter().filter(|node| node.stores())
+    }
+
+    /// Whether there are several nodes: then they have peers, a registry and a bootstrap file.
+    #[must_use]
+    pub const fn is_cluster(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
+    /// A path beside the file: relative ones start at its folder. Paths in the configuration have been
+    /// through this already, and stay as they are.
+    #[must_use]
+    pub fn path_of(&self, relative: impl AsRef<Path>) -> PathBuf {
+        self.folder.join(relative)
     }
 }

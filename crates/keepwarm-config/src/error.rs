@@ -54,6 +54,19 @@ pub enum LoadError {
         /// What the system said.
         cause: std::io::Error,
     },
+    /// A bootstrap file starts another cluster than the one described beside it.
+    #[error(
+        "{path}: starts cluster '{has}', but cluster.toml beside it describes '{wanted}': one of the two files was \
+         copied from another cluster; put back the one that belongs here"
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Which cluster it starts.
+        has: String,
+        /// Which cluster is meant.
+        wanted: String,
+    },
     /// It is wrong.
     #[error(transparent)]
     Invalid(#[from] ConfigErrors),

@@ -1,7 +1,6 @@
 //! From text to [`Config`]: every key of the format, once.
 
-use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,14 +8,12 @@ use keepwarm_types::{Bytes, NodeName, ShardCount, TenantName};
 use toml::de::DeTable;
 
 use crate::config::{
-    BatchConfig, Config, DegradedWrites, GpuConfig, ModelConfig, NodeConfig, SyncMode, TenantConfig,
-    TierConfig, TlsConfig,
+    BatchConfig, Config, DegradedWrites, GpuConfig, ModelConfig, NodeConfig, SUSPECT_AFTER, SyncMode,
+    TenantConfig, TierConfig, TlsConfig, WRITE_DEADLINE,
 };
 use crate::error::{ConfigErrors, LoadError};
 use crate::section::{Notes, Section};
 
-/// Nodes of a cluster.
-const NODES_MAX: u64 = 4096;
 /// Copies of a session.
 const REPLICATION_MAX: u64 = 8;
 /// Contexts of a model.
@@ -29,6 +26,18 @@ const DELAY_US_MAX: u64 = 1_000_000;
 const SESSIONS_DEFAULT: u64 = 1_000_000;
 /// Shards, where the file does not say.
 const SHARDS_DEFAULT: u64 = 1024;
+/// Least size of a memory that is reserved.
+const SIZE_MIN: Bytes = Bytes(1 << 20);
+/// Silence of a peer before it is suspected, in milliseconds: a tenth of a second is a few heartbeats.
+const SUSPECT_MS: Range<u64> = 100..60_001;
+/// Absence of a last copy before it counts as gone, in seconds: up to 30 days.
+const GIVE_UP_S: Range<u64> = 1..30 * 24 * 3600 + 1;
+/// A write's wait for its replicas, in milliseconds: up to ten minutes.
+const WRITE_MS: Range<u64> = 100..600_001;
+/// What a model's source begins with where it is a file.
+const GGUF: &str = "gguf:";
+/// What a model's source begins with where its weights are random.
+const TINY: &str = "tiny:";
 
 impl Config {
     /// Reads a file's text; `file` is how errors name it.
@@ -48,7 +57,7 @@ impl Config {
         let root = Section::root(&notes, table.get_ref());
         let config = read(&root, text);
         match config {
-            Some(config) if !notes.any() => Ok(config),
+            Some(config) if !notes.any() => Ok(config.beside(Path::new(file))),
             _ => Err(fail(notes)),
         }
     }
@@ -61,6 +70,26 @@ impl Config {
         let text =
             std::fs::read_to_string(path).map_err(|cause| LoadError::Io { path: path.to_owned(), cause })?;
         Ok(Self::parse(&path.display().to_string(), &text)?)
+    }
+
+    /// Lets the relative paths of the file start at its folder rather than wherever the process was started.
+    fn beside(mut self, file: &Path) -> Self {
+        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        self.folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let folder = self.folder.clone();
+        if let Some(tls) = &mut self.tls {
+            *tls = TlsConfig { ca: folder.join(&tls.ca), dir: folder.join(&tls.dir) };
+        }
+        for data_dir in self.nodes.iter_mut().filter_map(|node| node.data_dir.as_mut()) {
+            *data_dir = folder.join(&*data_dir);
+        }
+        for model in &mut self.models {
+            if let Some(path) = model.source.strip_prefix(GGUF) {
+                model.source = format!("{GGUF}{}", folder.join(path).display());
+            }
+        }
+        self
     }
 }
 
@@ -75,17 +104,31 @@ fn read(root: &Section<'_, '_>, text: &str) -> Option<Config> {
         root.missing("cluster");
     }
     let (hbm, pinned) = tiers(root);
-    let nodes: Vec<_> = root.sections("node").iter().filter_map(node).collect();
+    let mut nodes = Placed::read(root, "node", node);
     if !root.has("node") {
         root.missing("node");
     }
-    let tenants: Vec<_> = root.sections("tenant").iter().filter_map(tenant).collect();
-    let models: Vec<_> = root.sections("model").iter().filter_map(model).collect();
+    if let ([(_, only)], 1) = (&mut nodes.items[..], nodes.tables) {
+        only.voter = true;
+    }
+    let tenants = Placed::read(root, "tenant", tenant);
+    let models = Placed::read(root, "model", model);
     let tls = root.section("tls").and_then(|tls| tls_config(&tls));
-    check_unique(root, &nodes, &tenants, &models);
-    check_loopback(root, &nodes, tenants.is_empty());
+    rules::unique(root, &nodes, &tenants, &models);
+    rules::loopback(&nodes, tenants.tables == 0, !root.has("tls"));
+    rules::voters(root, &nodes);
+    rules::certificates(&nodes, tls.as_ref());
     let cluster = cluster?;
-    cluster.only(&["name", "replication", "shards", "degraded_writes", "sync"]);
+    cluster.only(&[
+        "name",
+        "replication",
+        "shards",
+        "degraded_writes",
+        "sync",
+        "suspect_after_ms",
+        "give_up_after_s",
+        "write_deadline_ms",
+    ]);
     let name = cluster.string("name");
     if !cluster.has("name") {
         cluster.missing("name");
@@ -94,12 +137,7 @@ fn read(root: &Section<'_, '_>, text: &str) -> Option<Config> {
         cluster.bad("name", "is not a name: 1 to 64 letters, digits, '.', '_' or '-'");
     }
     let replication = cluster.number("replication", 1..REPLICATION_MAX + 1);
-    if replication.is_some_and(|copies| copies > nodes.len().max(1) as u64) {
-        cluster.bad(
-            "replication",
-            format!("{} copies need as many nodes; the file has {}", replication?, nodes.len()),
-        );
-    }
+    rules::copies(root, &cluster, &nodes, replication.unwrap_or(1));
     let shards = match cluster
         .number("shards", 1..65_537)
         .map_or_else(|| ShardCount::new(SHARDS_DEFAULT), ShardCount::new)
@@ -112,21 +150,53 @@ fn read(root: &Section<'_, '_>, text: &str) -> Option<Config> {
     };
     let degraded = cluster.word("degraded_writes", &["allow", "refuse"]);
     let sync = cluster.word("sync", &["always", "interval"]);
+    let suspect_after = cluster.number("suspect_after_ms", SUSPECT_MS).map(Duration::from_millis);
+    let give_up_after = cluster.number("give_up_after_s", GIVE_UP_S).map(Duration::from_secs);
+    let write_deadline = cluster.number("write_deadline_ms", WRITE_MS).map(Duration::from_millis);
     Some(Config {
         version: version?,
         hash: blake3::hash(text.as_bytes()).to_hex().to_string(),
+        folder: PathBuf::new(),
         name: name?.to_owned(),
         replication: u32::try_from(replication.unwrap_or(1)).ok()?,
         shards: shards?,
         degraded_writes: if degraded == Some(1) { DegradedWrites::Refuse } else { DegradedWrites::Allow },
         sync: if sync == Some(1) { SyncMode::Interval } else { SyncMode::Always },
+        suspect_after: suspect_after.unwrap_or(SUSPECT_AFTER),
+        give_up_after,
+        write_deadline: write_deadline.unwrap_or(WRITE_DEADLINE),
         tls,
-        nodes,
-        tenants,
-        models,
+        nodes: nodes.into_values(),
+        tenants: tenants.into_values(),
+        models: models.into_values(),
         hbm,
         pinned,
     })
+}
+
+/// What an array of tables was read into, each with its table, so that rules across them can name lines.
+struct Placed<'a, 't, T> {
+    items: Vec<(Section<'a, 't>, T)>,
+    /// How many tables there are, read or not.
+    tables: usize,
+}
+
+impl<'a, 't, T> Placed<'a, 't, T> {
+    fn read(root: &Section<'a, 't>, key: &str, one: impl Fn(&Section<'a, 't>) -> Option<T>) -> Self {
+        let sections = root.sections(key);
+        let tables = sections.len();
+        let read = |section: Section<'a, 't>| one(&section).map(|value| (section, value));
+        Self { items: sections.into_iter().filter_map(read).collect(), tables }
+    }
+
+    /// Whether all could be read; where not, a count of them says nothing.
+    fn is_whole(&self) -> bool {
+        self.tables > 0 && self.items.len() == self.tables
+    }
+
+    fn into_values(self) -> Vec<T> {
+        self.items.into_iter().map(|(_, value)| value).collect()
+    }
 }
 
 fn required<T>(section: &Section<'_, '_>, key: &str, value: Option<T>) -> Option<T> {
@@ -138,11 +208,26 @@ fn required<T>(section: &Section<'_, '_>, key: &str, value: Option<T>) -> Option
 
 fn size(section: &Section<'_, '_>, key: &str) -> Option<Bytes> {
     let size: Bytes = section.parsed(key)?;
-    if size < Bytes(1 << 20) {
-        section.bad(key, format!("{size} is too small: at least 1MiB"));
+    if size < SIZE_MIN {
+        section.bad(key, format!("{size} is too small: at least {SIZE_MIN}"));
         return None;
     }
     Some(size)
+}
+
+/// A node's pinned memory: none for one that only votes.
+fn pinned(section: &Section<'_, '_>, voter: bool) -> Option<Bytes> {
+    if section.quiet::<Bytes>("pinned") != Some(Bytes::ZERO) {
+        return size(section, "pinned");
+    }
+    if voter && !section.has("gpu") {
+        return Some(Bytes::ZERO);
+    }
+    let reason = format!(
+        "0B is too small: at least {SIZE_MIN}, except on a node that only votes: voter = true, no [[node.gpu]]"
+    );
+    section.bad("pinned", reason);
+    None
 }
 
 fn address<'a>(section: &Section<'a, '_>, key: &str) -> Option<&'a str> {
@@ -162,10 +247,11 @@ fn node(section: &Section<'_, '_>) -> Option<NodeConfig> {
     section.only(&["name", "peer", "http", "zone", "pinned", "data_dir", "voter", "gpu"]);
     let name: Option<NodeName> = required(section, "name", section.parsed("name"));
     let http = required(section, "http", address(section, "http"));
-    let pinned = required(section, "pinned", size(section, "pinned"));
+    let voter = section.flag("voter").unwrap_or(false);
+    let pinned = required(section, "pinned", pinned(section, voter));
     let gpus: Vec<_> = section.sections("gpu").iter().filter_map(gpu).collect();
     let peer = address(section, "peer").map(str::to_owned);
-    let (zone, data_dir, voter) = (section.string("zone"), section.string("data_dir"), section.flag("voter"));
+    let (zone, data_dir) = (section.string("zone"), section.string("data_dir"));
     Some(NodeConfig {
         name: name?,
         peer,
@@ -173,7 +259,7 @@ fn node(section: &Section<'_, '_>) -> Option<NodeConfig> {
         zone: zone.map(str::to_owned),
         pinned: pinned?,
         data_dir: data_dir.map(PathBuf::from),
-        voter: voter.unwrap_or(false),
+        voter,
         gpus,
     })
 }
@@ -218,7 +304,7 @@ fn model(section: &Section<'_, '_>) -> Option<ModelConfig> {
     let name = required(section, "name", section.string("name"));
     section.word("engine", &["builtin"]);
     let source = required(section, "source", section.string("source"));
-    if source.is_some_and(|source| !source.starts_with("gguf:") && !source.starts_with("tiny:")) {
+    if source.is_some_and(|source| !source.starts_with(GGUF) && !source.starts_with(TINY)) {
         section.bad("source", "must be gguf:PATH, or tiny:SEED for a model with random weights");
     }
     let instances = section.section("instances").map_or((1, 1), |range| {
@@ -270,48 +356,6 @@ fn tiers(root: &Section<'_, '_>) -> (TierConfig, TierConfig) {
     (tier("hbm"), tier("pinned"))
 }
 
-fn check_unique(
-    root: &Section<'_, '_>,
-    nodes: &[NodeConfig],
-    tenants: &[TenantConfig],
-    models: &[ModelConfig],
-) {
-    if nodes.len() as u64 > NODES_MAX {
-        root.bad("node", format!("{} nodes are more than {NODES_MAX}", nodes.len()));
-    }
-    let twice = |key: &str, names: Vec<&str>| {
-        let mut seen = HashSet::new();
-        for name in names {
-            if !seen.insert(name.to_owned()) {
-                root.bad(key, format!("'{name}' is named twice"));
-            }
-        }
-    };
-    twice("node", nodes.iter().map(|node| node.name.as_str()).collect());
-    twice("tenant", tenants.iter().map(|tenant| tenant.name.as_str()).collect());
-    twice("model", models.iter().map(|model| model.name.as_str()).collect());
-}
-
-/// Without tenants there are no credentials, so only loopback may be served.
-fn check_loopback(root: &Section<'_, '_>, nodes: &[NodeConfig], open: bool) {
-    for (index, node) in nodes.iter().enumerate().filter(|_| open) {
-        if !is_loopback(&node.http) {
-            let reason = format!(
-                "'{}' is not a loopback address: name at least one [[tenant]] to serve it",
-                node.http
-            );
-            root.notes.note(root.span("node"), format!("node[{index}].http"), reason);
-        }
-    }
-}
-
-fn is_loopback(address: &str) -> bool {
-    if let Ok(address) = address.parse::<SocketAddr>() {
-        return address.ip().is_loopback();
-    }
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
+mod rules;
 #[cfg(test)]
 mod tests;

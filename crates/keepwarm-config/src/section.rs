@@ -120,6 +120,11 @@ impl<'a, 't> Section<'a, 't> {
         text.parse().map_err(|error: T::Err| self.bad(key, error.to_string())).ok()
     }
 
+    /// A string that parses as `T`, with no note where it is none.
+    pub(crate) fn quiet<T: FromStr>(&self, key: &str) -> Option<T> {
+        self.value(key)?.as_str()?.parse().ok()
+    }
+
     /// One of a few words.
     pub(crate) fn word(&self, key: &str, words: &[&str]) -> Option<usize> {
         let text = self.string(key)?;
@@ -177,6 +182,25 @@ impl<'a, 't> Section<'a, 't> {
             self.wrong_type(key, value, "true or false");
         }
         flag
+    }
+
+    /// A list of strings that parse as `T`.
+    pub(crate) fn list<T: FromStr<Err: Display>>(&self, key: &str) -> Option<Vec<T>> {
+        let value = self.value(key)?;
+        let Some(array) = value.as_array() else {
+            self.wrong_type(key, value, "a list of strings");
+            return None;
+        };
+        let mut items = Vec::new();
+        for (index, item) in array.iter().enumerate() {
+            let path = format!("{}[{index}]", self.path(key));
+            match item.get_ref().as_str().map(str::parse) {
+                Some(Ok(value)) => items.push(value),
+                Some(Err(error)) => self.notes.note(item.span(), path, T::Err::to_string(&error)),
+                None => self.notes.note(item.span(), path, "must be a string"),
+            }
+        }
+        (items.len() == array.len()).then_some(items)
     }
 
     pub(crate) fn section(&self, key: &str) -> Option<Section<'a, 't>> {

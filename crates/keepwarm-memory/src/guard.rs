@@ -10,14 +10,24 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use keepwarm_types::{Birth, BlockChecksum, Bytes, InstanceId, Owner, TenantName};
+use keepwarm_types::{Birth, BlockChecksum, Bytes, Incarnation, InstanceId, Owner, TenantName};
 
+use crate::arena::BLOCK_ALIGN;
 use crate::arena::Shared;
 use crate::arena::Slot;
 use crate::checksum::{Corrupt, block_checksum};
 
 /// Instances of this process so far.
 static INSTANCES: AtomicU64 = AtomicU64::new(1);
+/// Bits of an instance's number below the incarnation of the node that made it: 2^40 blocks a start, 2^24 starts of
+/// all of a cluster's nodes together.
+const INSTANCE_BITS: u32 = 40;
+
+/// Makes the numbers of this process's instances differ from those of every other process of the cluster: their
+/// high bits are the node's incarnation, which no other node ever has. To be called before the first block is sealed.
+pub fn number_instances_for(incarnation: Incarnation) {
+    INSTANCES.fetch_max(incarnation.0 << INSTANCE_BITS, Ordering::Relaxed);
+}
 
 /// Why a guard did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,12 +54,20 @@ struct Memory {
     offset: u64,
     capacity: usize,
     tenant: TenantName,
+    /// Whether nothing of another tenant is left in the slot. A block that was not written to its end, or whose
+    /// size is below its slot's, leaves what was there before.
+    alone: bool,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.arena.release(self.slot, self.tenant.clone());
+        self.arena.release(self.slot, self.tenant.clone(), self.alone);
     }
+}
+
+/// Bytes of the slot that a block of this capacity has.
+const fn slot_bytes(capacity: usize) -> usize {
+    capacity.next_multiple_of(BLOCK_ALIGN as usize)
 }
 
 /// A block that one holder may write.
@@ -81,7 +99,7 @@ impl BlockMut {
         owner: Owner,
         scrub: bool,
     ) -> Self {
-        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant };
+        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant, alone: !scrub };
         Self { memory, birth: owner.birth, written: 0, scrub }
     }
 
@@ -108,14 +126,16 @@ impl BlockMut {
     /// as written from now on.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let (offset, capacity) = (self.memory.offset, self.memory.capacity);
-        // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
-        let all = unsafe { self.memory.arena.region.slice_mut(offset, capacity) };
+        // SAFETY: this guard is the only one of its slot, which has the capacity rounded up to the alignment, and
+        // `&mut self` rules out any other use of it.
+        let all = unsafe { self.memory.arena.region.slice_mut(offset, slot_bytes(capacity)) };
         if self.scrub {
             all[self.written..].fill(0);
             self.scrub = false;
+            self.memory.alone = true;
         }
         self.written = capacity;
-        all
+        &mut all[..capacity]
     }
 
     /// Writes `data` at `at`, which must not leave a gap behind what was written.
@@ -131,6 +151,7 @@ impl BlockMut {
         // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
         unsafe { self.memory.arena.region.slice_mut(offset, data.len()) }.copy_from_slice(data);
         self.written = self.written.max(end);
+        self.memory.alone |= self.written == slot_bytes(self.memory.capacity);
         Ok(())
     }
 
@@ -152,6 +173,24 @@ impl BlockMut {
     pub fn seal_hashed(self, checksum: BlockChecksum) -> Block {
         let length = self.written;
         self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum)
+    }
+
+    /// Seals all that was written as the same instance that another node has; its bytes were hashed as they came.
+    ///
+    /// # Errors
+    /// The guard comes back where the bytes are not those: [`Corrupt`] has both checksums.
+    //= GUARANTEES.md#G5
+    pub fn seal_received(
+        self,
+        instance: InstanceId,
+        expected: BlockChecksum,
+        found: BlockChecksum,
+    ) -> Result<Block, (Self, Corrupt)> {
+        if found != expected {
+            return Err((self, Corrupt { instance, expected, found }));
+        }
+        let length = self.written;
+        Ok(self.into_block(length, instance, expected))
     }
 
     /// Seals all that was written as a copy of `original`; the caller has verified its checksum.
@@ -236,6 +275,13 @@ impl Block {
     #[must_use]
     pub fn share(&self, birth: Birth) -> Self {
         Self { sealed: Arc::clone(&self.sealed), birth }
+    }
+
+    /// Whether no other guard has the block: its memory goes back to the arena with this one. True stays true;
+    /// false may be over at once.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        Arc::strong_count(&self.sealed) == 1
     }
 
     /// The bytes.

@@ -24,5 +24,5 @@ pub use device::{
     TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
-pub use guard::{Block, BlockMut, BlockView, GuardError};
+pub use guard::{Block, BlockMut, BlockView, GuardError, number_instances_for};
 pub use region::{LockReport, ReserveError};

@@ -1,7 +1,8 @@
 //! Permits, taken before anything is sent.
 //!
 //! Who holds a permit of one pool waits only for pools to its right: client, relayed, restore, replica-in.
-//! One node has the first and the third; each has a fixed number of permits and says no at once.
+//! Relayed requests take the client permits of the node that answers them. Each pool has a fixed number of permits;
+//! the first says no at once, the others are waited for.
 
 use std::sync::Arc;
 
@@ -10,6 +11,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
 
+/// Messages of other nodes' replicas that wait for their shard: each is small, and more than a few hundred mean that
+/// a shard does not keep up, which its peers then feel on their link.
+const REPLICA_IN_PERMITS: usize = 4096;
 /// Requests of clients at work at once. Each holds at most one write region or one read, so that with the
 /// default body limit the arena, not the mailboxes, is what fills up.
 pub const CLIENT_PERMITS: usize = 1024;
@@ -27,6 +31,7 @@ pub(crate) struct Permit(#[allow(dead_code, reason = "held for its drop")] Owned
 pub(crate) struct Admission {
     client: Arc<Semaphore>,
     restore: Arc<Semaphore>,
+    replica_in: Arc<Semaphore>,
 }
 
 impl Admission {
@@ -34,6 +39,7 @@ impl Admission {
         Self {
             client: Arc::new(Semaphore::new(CLIENT_PERMITS)),
             restore: Arc::new(Semaphore::new(RESTORE_PERMITS)),
+            replica_in: Arc::new(Semaphore::new(REPLICA_IN_PERMITS)),
         }
     }
 
@@ -49,6 +55,11 @@ impl Admission {
     /// the wait is bounded by theirs.
     pub(crate) async fn restore(&self) -> Result<Permit, Error> {
         self.restore.clone().acquire_owned().await.map(Permit).map_err(|_| Error::Draining)
+    }
+
+    /// Waits for a permit to hand a message of another node's replica to its shard. Its holders wait for nobody.
+    pub(crate) async fn replica_in(&self) -> Result<Permit, Error> {
+        self.replica_in.clone().acquire_owned().await.map(Permit).map_err(|_| Error::Draining)
     }
 
     /// Turns every further client away.

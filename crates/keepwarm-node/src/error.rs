@@ -3,6 +3,9 @@
 use keepwarm_core::shard::Refusal;
 use keepwarm_types::{Bytes, Millis, NodeName, Tier};
 
+/// When to try again while a shard's owner changes: a take-over is a fraction of a second.
+const MOVING_RETRY: Millis = Millis(300);
+
 /// A request that was not carried out. All but [`Error::Refused`] with
 /// [`Refusal::OutcomeUnknown`] are definite: nothing was applied and nothing will be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,6 +106,7 @@ impl Error {
                 Refusal::Overloaded { retry_after, .. } | Refusal::QuotaExceeded { retry_after, .. },
             ) => Some(*retry_after),
             Self::Draining | Self::Refused(Refusal::Unavailable(_)) => Some(Millis(1000)),
+            Self::Refused(Refusal::Moving(_)) => Some(MOVING_RETRY),
             _ => None,
         }
     }

@@ -1,6 +1,8 @@
 //! The node's metrics, by the names of the API's contract; Prometheus text on demand.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use keepwarm_core::residency::EvictReason;
 use keepwarm_types::{Bytes, Source, Tier};
@@ -11,6 +13,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+
+use crate::growth::Growth;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BySource {
@@ -36,6 +40,10 @@ struct ByTier {
     kind: &'static str,
 }
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfTier {
+    tier: String,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByState {
     state: &'static str,
 }
@@ -59,6 +67,16 @@ struct ByPlace {
     r#where: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeer {
+    peer: String,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByPeerClass {
+    peer: String,
+    class: &'static str,
+}
+
 type Seconds = Family<BySource, Histogram, fn() -> Histogram>;
 
 /// From 100 us to some 100 s.
@@ -78,6 +96,8 @@ pub struct Metrics {
     lag_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     sessions: Family<ByState, Gauge>,
     tier_bytes: Family<ByTier, Gauge>,
+    tier_seconds_to_full: Family<OfTier, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    growth: Mutex<HashMap<String, Growth>>,
     evictions: Family<ByEviction, Counter>,
     rejects: Family<ByCode, Counter>,
     leases: Family<ByState, Gauge>,
@@ -86,6 +106,11 @@ pub struct Metrics {
     batch_size: Family<ByModel, Histogram, fn() -> Histogram>,
     moves: Family<ByMove, Counter>,
     checksum_failures: Family<ByPlace, Counter>,
+    under_replicated: Gauge,
+    relayed: Counter,
+    registry_leader: Gauge,
+    peer_rtt_seconds: Family<ByPeer, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    peer_bytes: Family<ByPeerClass, Gauge>,
 }
 
 fn batch_sizes() -> Histogram {
@@ -104,6 +129,8 @@ impl Default for Metrics {
             lag_seconds: Gauge::default(),
             sessions: Family::default(),
             tier_bytes: Family::default(),
+            tier_seconds_to_full: Family::default(),
+            growth: Mutex::default(),
             evictions: Family::default(),
             rejects: Family::default(),
             leases: Family::default(),
@@ -112,6 +139,11 @@ impl Default for Metrics {
             batch_size: Family::new_with_constructor(batch_sizes),
             moves: Family::default(),
             checksum_failures: Family::default(),
+            under_replicated: Gauge::default(),
+            relayed: Counter::default(),
+            registry_leader: Gauge::default(),
+            peer_rtt_seconds: Family::default(),
+            peer_bytes: Family::default(),
         };
         let mut registry = Registry::with_prefix("keepwarm");
         let r = &mut registry;
@@ -131,6 +163,11 @@ impl Default for Metrics {
         r.register("checkpoint_lag_seconds", "Duration of the last checkpoint", metrics.lag_seconds.clone());
         r.register("sessions", "Sessions by state", metrics.sessions.clone());
         r.register("tier_bytes", "Arena bytes by tier and kind", metrics.tier_bytes.clone());
+        r.register(
+            "tier_seconds_to_full",
+            "Time until a tier is full at its recent growth; 1e9 where it does not grow",
+            metrics.tier_seconds_to_full.clone(),
+        );
         r.register("evictions", "Sessions evicted by tier and reason", metrics.evictions.clone());
         r.register("rejects", "Requests refused by code", metrics.rejects.clone());
         r.register("leases", "Leases by state", metrics.leases.clone());
@@ -139,12 +176,47 @@ impl Default for Metrics {
         r.register("batch_size", "Sequences in a step", metrics.batch_size.clone());
         r.register("moves_bytes", "Bytes moved between tiers", metrics.moves.clone());
         r.register("checksum_failures", "Blocks refused by checksum", metrics.checksum_failures.clone());
+        r.register(
+            "under_replicated_sessions",
+            "Sessions owned here with fewer copies than promised",
+            metrics.under_replicated.clone(),
+        );
+        r.register("relayed", "Requests relayed to their owner", metrics.relayed.clone());
+        r.register(
+            "registry_leader",
+            "1 where this node leads the registry",
+            metrics.registry_leader.clone(),
+        );
+        r.register("peer_rtt_seconds", "Round trip to a peer", metrics.peer_rtt_seconds.clone());
+        r.register("peer_bytes_total", "Bytes to and from a peer by class", metrics.peer_bytes.clone());
         metrics.registry = registry;
         metrics
     }
 }
 
 impl Metrics {
+    /// A request went to its owner.
+    pub fn relayed(&self) {
+        self.relayed.inc();
+    }
+
+    /// What this node knows of copies and leads.
+    pub fn set_cluster(&self, under_replicated: i64, leads: bool) {
+        self.under_replicated.set(under_replicated);
+        self.registry_leader.set(i64::from(leads));
+    }
+
+    /// What a peer's link shows.
+    pub fn set_peer(&self, peer: &str, rtt: Option<Duration>, bytes: &[(&'static str, u64)]) {
+        if let Some(rtt) = rtt {
+            self.peer_rtt_seconds.get_or_create(&ByPeer { peer: peer.to_owned() }).set(rtt.as_secs_f64());
+        }
+        for (class, bytes) in bytes {
+            let labels = ByPeerClass { peer: peer.to_owned(), class };
+            self.peer_bytes.get_or_create(&labels).set(i64::try_from(*bytes).unwrap_or(i64::MAX));
+        }
+    }
+
     /// Everything, as Prometheus (OpenMetrics) text.
     #[must_use]
     pub fn encode(&self) -> String {
@@ -206,6 +278,10 @@ impl Metrics {
             let gauge = self.tier_bytes.get_or_create(&ByTier { tier: tier.to_owned(), kind }).clone();
             gauge.set(i64::try_from(bytes.0).unwrap_or(i64::MAX));
         }
+        let mut growth = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        let growth = growth.entry(tier.to_owned()).or_default();
+        let seconds = growth.seconds_to_full(Instant::now(), figures.used, figures.reserved);
+        self.tier_seconds_to_full.get_or_create(&OfTier { tier: tier.to_owned() }).set(seconds);
     }
 
     /// Leases running.
@@ -250,19 +326,52 @@ impl Metrics {
 mod tests {
     use super::*;
 
+    /// What API.md promises of every node.
+    const CONTRACT: [&str; 17] = [
+        "restore_seconds_count{source=\"pinned\"}",
+        "ttft_seconds_count{source=\"hbm\"}",
+        "lookups_total{result=\"hit\",reason=\"resident\"}",
+        "prefill_tokens_avoided_total",
+        "checkpoint_lag_bytes",
+        "checkpoint_lag_seconds",
+        "sessions{state=\"warm\"}",
+        "tier_bytes{tier=\"pinned\",kind=\"largest_free\"}",
+        "tier_seconds_to_full{tier=\"pinned\"}",
+        "evictions_total{tier=\"pinned\",reason=",
+        "rejects_total{code=\"leased\"} 1",
+        "leases{state=\"running\"}",
+        "contexts{model=\"m\",gpu=\"0\",state=\"busy\"}",
+        "queue_depth{model=\"m\"}",
+        "batch_size_count{model=\"m\"}",
+        "moves_bytes_total{from=\"pinned\",to=\"hbm\"} 10",
+        "checksum_failures_total{where=\"read\"} 1",
+    ];
+
     #[test]
     fn the_contracts_names_are_there() {
         let metrics = Metrics::default();
+        let arena = crate::handle::ArenaInfo {
+            reserved: Bytes(100),
+            used: Bytes(10),
+            largest_free: Bytes(90),
+            fragmentation: 0.0,
+        };
         metrics.restored(Source::Pinned, Duration::from_millis(3), Bytes(10));
+        metrics.ttft(Source::Hbm, Duration::from_millis(3));
+        metrics.lookup("hit", "resident");
+        metrics.set_sessions("warm", 1);
+        metrics.set_tier("pinned", &arena);
+        metrics.evicted(Tier::Pinned, EvictReason::Room);
         metrics.reject("leased");
+        metrics.set_leases(1);
+        metrics.set_contexts("m", 0, "busy", 1);
+        metrics.set_queue_depth("m", 1);
+        metrics.batch("m", 1);
         metrics.checksum_failed("read");
         let text = metrics.encode();
-        for name in [
-            "keepwarm_restore_seconds_count{source=\"pinned\"} 1",
-            "keepwarm_rejects_total{code=\"leased\"} 1",
-            "where=\"read\"",
-        ] {
-            assert!(text.contains(name), "{name} is not in:\n{text}");
+        for name in CONTRACT {
+            let line = format!("\nkeepwarm_{name}");
+            assert!(text.contains(&line), "{name} is not in:\n{text}");
         }
     }
 }

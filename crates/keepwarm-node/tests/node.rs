@@ -10,8 +10,8 @@ use keepwarm_config::{Config, DeviceKind, GpuConfig, SingleNode};
 use keepwarm_core::session::{Form, Labels, Layout, Order, Part, Planes, Protect, State, TranscriptDelta};
 use keepwarm_core::shard::{Precondition, Refusal, WriteMode, Written};
 use keepwarm_node::{
-    ActivateRequest, CreateRequest, Error, GpuState, Handle, Node, Selection, TurnPart, TurnRequest,
-    WriteDone, WriteRequest, WriteStart,
+    ActivateRequest, CreateRequest, Error, ForkRequest, GpuState, Handle, Node, Receipt, Selection, TurnPart,
+    TurnRequest, WriteDone, WriteRequest, WriteStart,
 };
 use keepwarm_types::{
     Bytes, ColdReason, GpuIndex, Millis, Outcome, Owner, SessionKey, Source, TenantName, Tier, Tokens,
@@ -426,5 +426,50 @@ async fn ended_sessions_give_their_memory_back() {
         assert!(matches!(handle.get(&key).await, Err(Error::Refused(Refusal::Deleted { .. }))));
     }
     until("all memory is back", || async { handle.used().await == (Bytes(0), Bytes(0)) }).await;
+    node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receipt_counts_only_what_nobody_else_holds() {
+    let node = start(None, 32 << 20).await;
+    let handle = node.handle();
+    let parent = create(&handle, Order::Token, 60_000).await;
+    append(&handle, &parent, 0, &pattern(1, 64)).await.unwrap();
+    let (_, child) = handle.fork(&parent, ForkRequest::default()).await.unwrap();
+    let child = child.manifest.key.clone();
+    append(&handle, &child, 64, &pattern(2, 32)).await.unwrap();
+    let whole = 64 * TOKEN as u64;
+    let pinned = |receipt: &Receipt| {
+        let pinned = receipt.freed.iter().filter(|freed| freed.tier == Tier::Pinned);
+        pinned.map(|freed| freed.bytes.0).sum::<u64>()
+    };
+    let first = handle.delete(&parent).await.unwrap();
+    assert_eq!(pinned(&first), 0, "the fork has all of it: {first:?}");
+    assert_eq!(read(&handle, &child, Selection::default()).await.unwrap()[..64 * TOKEN], pattern(1, 64));
+    let second = handle.delete(&child).await.unwrap();
+    assert_eq!(pinned(&second), whole + 32 * TOKEN as u64, "{second:?}");
+    assert!(second.freed.iter().all(|freed| !freed.scrubbed), "nothing was zeroed yet: {second:?}");
+    let read_on = create(&handle, Order::Token, 60_000).await;
+    append(&handle, &read_on, 0, &pattern(3, 64)).await.unwrap();
+    let reader = handle.open_read(&read_on, "kv").await.unwrap();
+    let third = handle.delete(&read_on).await.unwrap();
+    assert_eq!(pinned(&third), 0, "a reader holds it: {third:?}");
+    drop(reader);
+    until("all memory is back", || async { handle.used().await == (Bytes(0), Bytes(0)) }).await;
+    node.shutdown(DEADLINE).await;
+}
+
+//= GUARANTEES.md#G5
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_pinned_bytes_are_dropped_and_the_session_says_so() {
+    let node = start(None, 32 << 20).await;
+    let handle = node.handle();
+    let key = create(&handle, Order::Token, 60_000).await;
+    append(&handle, &key, 0, &pattern(3, 100)).await.unwrap();
+    handle.flip_pinned_bit(&key).await.unwrap();
+    let error = handle.activate(&key, ActivateRequest::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    let again = handle.activate(&key, ActivateRequest::default()).await.unwrap();
+    assert_eq!((again.source, again.manifest.state), (Source::None, State::Cold(ColdReason::Corrupt)));
     node.shutdown(DEADLINE).await;
 }

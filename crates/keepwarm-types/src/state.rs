@@ -80,6 +80,8 @@ words! {
         Restarted = "restarted",
         /// Every holder is gone, or the device or memory that held them failed.
         HoldersLost = "holders_lost",
+        /// They did not have their checksums any more.
+        Corrupt = "corrupt",
     }
 }
 

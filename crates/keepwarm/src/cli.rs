@@ -36,6 +36,13 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Watch conversations leave a GPU's memory, come back, and survive a kill; with figures and checks.
     Demo(DemoArgs),
+    /// Write a cluster for this machine: cluster.toml, bootstrap file, authority and node certificates.
+    Init(InitArgs),
+    /// Certificates: who may be a node of the cluster.
+    Cert {
+        #[command(subcommand)]
+        verb: CertVerb,
+    },
     /// Check a cluster.toml, or this machine.
     Check(CheckArgs),
     /// Show nodes, GPUs, memory and models.
@@ -69,6 +76,11 @@ pub(crate) struct Remote {
     pub(crate) token: Option<String>,
 }
 
+/// Seconds in which to stop: a default answer of 512 tokens at some 12 tokens a second, and a part for the node.
+const STOP_GRACE_S: u64 = 60;
+/// A day: longer is surely a slip.
+const STOP_GRACE_MAX_S: u64 = 86_400;
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     /// The cluster's file; without one, a cluster of one from the options below.
@@ -95,6 +107,9 @@ pub(crate) struct ServeArgs {
     /// A GGUF file to serve; or tiny:SEED, a tiny model with random weights.
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<String>,
+    /// Seconds in which to stop: answers under way may end, then the node writes down what it took.
+    #[arg(long, value_name = "SECONDS", default_value_t = STOP_GRACE_S, value_parser = clap::value_parser!(u64).range(1..=STOP_GRACE_MAX_S))]
+    pub(crate) stop_grace: u64,
     /// Stop when standard input ends: whoever started this process and holds the other end is gone then.
     #[arg(long, hide = true)]
     pub(crate) until_stdin_ends: bool,
@@ -108,6 +123,82 @@ pub(crate) struct DemoArgs {
     /// End when all is shown, with 1 if a check failed, instead of serving on.
     #[arg(long)]
     pub(crate) exit: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InitArgs {
+    /// How many nodes, on this machine.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) nodes: u16,
+    /// Where to write; nothing there is overwritten.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// HTTP is at this port + 1, + 2, ...; peers at + 101, + 102, ...
+    #[arg(long, value_name = "PORT", default_value_t = 7000)]
+    pub(crate) port_base: u16,
+    /// Copies of each session's bytes; where absent 2, or 1 where there is one node.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) replication: Option<u32>,
+    /// The cluster's name.
+    #[arg(long, value_name = "NAME", default_value = "local")]
+    pub(crate) cluster: String,
+    /// A GGUF file for every node to serve; or tiny:SEED, a tiny model with random weights.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<String>,
+}
+
+/// Days that an authority's certificate is valid: ten years.
+pub(crate) const CA_DAYS: u32 = 3650;
+/// Days that a node's certificate is valid: a year.
+pub(crate) const NODE_DAYS: u32 = 365;
+/// Most days: beyond, clocks and formats have other ideas than the certificate.
+const DAYS_MAX: i64 = 36_500;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CertVerb {
+    /// Make the cluster's authority; or replace it while both are trusted; or end the trust in the old one.
+    Ca(CaArgs),
+    /// Issue a node's certificate and key; again to replace them.
+    Node {
+        /// The node, as cluster.toml names it.
+        name: NodeName,
+        #[command(flatten)]
+        folder: CertFolder,
+        /// How long it is valid.
+        #[arg(long, default_value_t = NODE_DAYS, value_parser = clap::value_parser!(u32).range(1..=DAYS_MAX))]
+        days: u32,
+    },
+    /// Show which certificates there are, and how long they are valid.
+    Show {
+        #[command(flatten)]
+        folder: CertFolder,
+    },
+}
+
+/// Where certificates lie.
+#[derive(Debug, Args)]
+pub(crate) struct CertFolder {
+    /// The folder of ca.pem, ca.key, NODE.pem and NODE.key.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CaArgs {
+    #[command(flatten)]
+    pub(crate) folder: CertFolder,
+    /// The cluster that it vouches for.
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["rotate", "drop_old"])]
+    pub(crate) cluster: Option<String>,
+    /// How long it is valid.
+    #[arg(long, default_value_t = CA_DAYS, value_parser = clap::value_parser!(u32).range(1..=DAYS_MAX))]
+    pub(crate) days: u32,
+    /// Put a new authority in front of the old one: both are trusted while nodes get new certificates.
+    #[arg(long, conflicts_with = "drop_old")]
+    pub(crate) rotate: bool,
+    /// Trust the newest authority alone; refused while a node here still has an older one's certificate.
+    #[arg(long)]
+    pub(crate) drop_old: bool,
 }
 
 #[derive(Debug, Args)]
@@ -223,6 +314,48 @@ mod tests {
     #[test]
     fn the_command_line_contradicts_itself_nowhere() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn init_and_cert_take_the_options_of_the_contract() {
+        let command = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap().command;
+        let Command::Init(args) = command("keepwarm init --dir d") else { panic!("not init") };
+        assert_eq!((args.nodes, args.port_base, args.replication, args.model), (3, 7000, None, None));
+        let line =
+            "keepwarm init --nodes 5 --dir d --port-base 9000 --replication 3 --cluster c --model tiny:1";
+        let Command::Init(args) = command(line) else { panic!("not init") };
+        assert_eq!((args.nodes, args.port_base, args.replication), (5, 9000, Some(3)));
+        assert_eq!((args.cluster.as_str(), args.model.as_deref()), ("c", Some("tiny:1")));
+        let line = "keepwarm cert ca --dir d --cluster c --days 30";
+        let Command::Cert { verb: CertVerb::Ca(args) } = command(line) else { panic!("not cert ca") };
+        assert_eq!((args.cluster.as_deref(), args.days, args.rotate), (Some("c"), 30, false));
+        let Command::Cert { verb: CertVerb::Node { name, days, .. } } =
+            command("keepwarm cert node n1 --dir d")
+        else {
+            panic!("not cert node")
+        };
+        assert_eq!((name.as_str(), days), ("n1", 365));
+        for good in [
+            "keepwarm cert ca --rotate --dir d",
+            "keepwarm cert ca --drop-old --dir d",
+            "keepwarm cert show --dir d --json",
+        ] {
+            command(good);
+        }
+        for bad in [
+            "keepwarm init",
+            "keepwarm init --dir d --nodes 0",
+            "keepwarm init --dir d --replication 0",
+            "keepwarm init --dir d --port-base 70000",
+            "keepwarm cert ca --dir d",
+            "keepwarm cert ca --dir d --rotate --drop-old",
+            "keepwarm cert ca --dir d --cluster c --days 0",
+            "keepwarm cert node --dir d",
+            "keepwarm cert node a/b --dir d",
+            "keepwarm cert show",
+        ] {
+            assert!(Cli::try_parse_from(bad.split(' ')).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod commands;
 mod demo;
 mod failure;
 mod output;
+mod place;
 mod wiring;
 
 use std::io::IsTerminal;
@@ -21,9 +22,9 @@ use failure::Failure;
 use output::{Output, note};
 
 /// What the log has where RUST_LOG does not say: a server tells of its start and its troubles, a command of
-/// its troubles.
+/// its troubles. What the consensus library meets is told by who uses it, once.
 fn default_filter(command: &Command) -> &'static str {
-    if matches!(command, Command::Serve(_)) { "info" } else { "warn" }
+    if matches!(command, Command::Serve(_)) { "info,openraft=off" } else { "warn" }
 }
 
 fn main() -> ExitCode {
@@ -62,6 +63,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(args) => wiring::serve(*args).await,
         Command::Demo(args) => demo::run(args, output).await,
+        Command::Init(args) => commands::init::run(&args, output),
+        Command::Cert { verb } => commands::cert::run(&verb, output),
         Command::Check(args) => commands::check::run(&args, output),
         Command::Status(remote) => commands::status::run(&remote, output).await,
         Command::Sessions { remote, verb } => commands::sessions::run(&remote, verb, output).await,

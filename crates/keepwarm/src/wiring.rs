@@ -5,6 +5,7 @@
 //! and stops the node; a second one ends the process at once.
 
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
@@ -28,8 +29,8 @@ use crate::output::{note, print};
 
 /// The node's name where no option says.
 const NODE_DEFAULT: &str = "n1";
-/// How long the node may finish what it accepted, once its connections are done.
-const STOP_GRACE: Duration = Duration::from_secs(20);
+/// The node's part of the time in which to stop, at the end of it: a fifth. Connections have the rest.
+const NODE_PART: u32 = 5;
 /// What a second signal ends the process with: 128 + SIGTERM, as a shell would say.
 const CODE_KILLED: i32 = 143;
 
@@ -45,35 +46,62 @@ pub(crate) async fn serve(args: ServeArgs) -> Result<(), Failure> {
     let models = config.models.clone();
     let mut running = Node::start(config, &name).await.map_err(start_failure)?;
     let handle = running.handle();
+    let relays = running.take_relays();
     // Reading and unpacking a model takes a second or more of this thread.
     let service =
         tokio::task::block_in_place(|| Service::start(&handle, &models)).map_err(Failure::config)?;
     let chat: Arc<dyn ChatBackend> = Arc::new(service);
-    let state = ApiState { handle, chat, credentials };
+    let router = router(ApiState { handle, chat, credentials });
+    if let Some(relays) = relays {
+        tokio::spawn(keepwarm_api::serve_relayed(relays, router.clone()));
+    }
     print(&format!("ready http={address} node={name}\n"))?;
     tracing::info!(%address, node = %name, "ready");
+    let grace = Duration::from_secs(args.stop_grace);
+    let node_part = grace / NODE_PART;
     let mut stopped = stop.clone();
     let until = async move {
         // An error means that nobody can signal any more, which is a reason to stop too.
         let _ = stopped.wait_for(|stop| *stop).await;
         tracing::info!("stopping: requests under way may finish; a second signal ends the process at once");
     };
-    let failed = tokio::select! {
-        served = keepwarm_api::serve(listener, router(state), until) => served.err().map(|error| error.to_string()),
-        reason = running.failed() => Some(reason),
+    let (cut, failed) = tokio::select! {
+        served = keepwarm_api::serve(listener, router, until, grace - node_part) => match served {
+            Ok(cut) => (cut, None),
+            Err(error) => (0, Some(error.to_string())),
+        },
+        reason = running.failed() => (0, Some(reason)),
     };
-    let report = running.shutdown(STOP_GRACE).await;
-    tracing::info!(?report, "stopped");
+    let again = running.superseded();
+    let report = running.shutdown(node_part).await;
+    tracing::info!(?report, cut, "stopped");
     match failed {
+        Some(reason) if again => {
+            tracing::warn!(%reason, "starting anew");
+            Err(start_anew())
+        }
         Some(reason) => Err(Failure::failed(format!("the node cannot go on: {reason}"))),
-        None if report.unfinished + report.checkpoints > 0 => Err(Failure::failed(format!(
-            "stopped with {} requests and {} checkpoints unfinished after {} s",
+        None if cut + report.unfinished + report.checkpoints > 0 => Err(Failure::failed(format!(
+            "stopped with {cut} connections, {} requests and {} checkpoints unfinished after {} s: a longer \
+             --stop-grace lets them end",
             report.unfinished,
             report.checkpoints,
-            STOP_GRACE.as_secs()
+            grace.as_secs()
         ))),
         None => Ok(()),
     }
+}
+
+/// Becomes a new process of the same command line, under the same process id: a clean slate, and whoever watches this
+/// process sees it go on. Comes back only if that failed.
+fn start_anew() -> Failure {
+    let mut arguments = std::env::args_os();
+    let program = std::env::current_exe().ok().or_else(|| arguments.next().map(PathBuf::from));
+    let Some(program) = program else {
+        return Failure::failed("this program cannot be found to start it anew");
+    };
+    let error = process::Command::new(program).args(std::env::args_os().skip(1)).exec();
+    Failure::failed(format!("cannot start anew: {error}"))
 }
 
 fn start_failure(error: StartError) -> Failure {
@@ -126,7 +154,7 @@ fn data_dir_default(name: &NodeName) -> Result<PathBuf, Failure> {
 const TINY: &str = "tiny:";
 
 /// A model from `--model`: a GGUF file, served under the file's name without its quantisation, or `tiny:SEED`.
-fn model(text: &str) -> Result<ModelConfig, Failure> {
+pub(crate) fn model(text: &str) -> Result<ModelConfig, Failure> {
     let (name, source) = if text.starts_with(TINY) {
         ("tiny-random".to_owned(), text.to_owned())
     } else {

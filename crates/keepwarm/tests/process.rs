@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -188,16 +189,55 @@ async fn killed_at_any_moment_it_keeps_what_it_acknowledged() {
     assert!(book.lock().unwrap().values().any(|told| told.deleted), "nothing was deleted");
 }
 
+/// Sends a request and gives what has come back of its answer once `seen` is in it.
+fn ask(server: &Server, request: &str, seen: &str) -> (TcpStream, String) {
+    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let (mut text, mut buffer) = (String::new(), [0; 4096]);
+    while !text.contains(seen) {
+        let read = stream.read(&mut buffer).unwrap();
+        assert!(read > 0, "no '{seen}' in {text}");
+        text.push_str(&String::from_utf8_lossy(&buffer[..read]));
+    }
+    (stream, text)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_finishes_what_was_accepted() {
+async fn sigterm_lets_a_streamed_answer_end_whole() {
     let folder = tempfile::tempdir().unwrap();
-    let mut server = Server::start(folder.path(), &[]);
+    let mut server = Server::start(folder.path(), &["--model", "tiny:1"]);
     let session = NewSession::new(layout());
     server.client().create(&session).await.unwrap();
+    let body = r#"{"model": "tiny-random", "messages": [{"role": "user", "content": "At length."}],
+                   "max_tokens": 3000, "stream": true}"#;
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Session-ID: long\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let (mut stream, mut text) = ask(&server, &request, "\"content\":");
     server.signal("TERM");
+    assert!(!text.contains("[DONE]"), "the answer was over before the signal: {text}");
+    // The server ends the connection with the answer.
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"finish_reason\":\"") && text.contains("[DONE]"), "{text}");
     assert_eq!(server.ended(), 0);
-    let again = Server::start(folder.path(), &[]);
+    let again = Server::start(folder.path(), &["--model", "tiny:1"]);
     assert_eq!(again.client().session(session.id).await.unwrap().id, session.id);
+}
+
+#[test]
+fn sigterm_counts_what_it_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::start(folder.path(), &["--stop-grace", "1"]);
+    // A body that never comes: the server has said that it waits for it.
+    let request = "POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\
+                   Content-Length: 100\r\nExpect: 100-continue\r\n\r\n";
+    let (stream, _) = ask(&server, request, "100 Continue");
+    server.signal("TERM");
+    assert_eq!(server.ended(), 1, "an exit code that says that something was cut");
+    drop(stream);
 }
 
 fn said(output: &Output) -> String {

@@ -1,13 +1,13 @@
-//! `cargo xtask sim`: the simulation of a node, seed by seed.
+//! `cargo xtask sim`: the simulations of a node and, with `--cluster`, of a cluster, seed by seed.
 #![allow(clippy::print_stdout, reason = "a command-line tool")]
 
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use keepwarm_tests::sim::{Bug, Options, run};
+use keepwarm_tests::{cluster_sim, sim};
 
-/// Runs the simulated node and says what it promised and broke.
+/// Runs the simulated node, or cluster, and says what it promised and broke.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask sim")]
 struct Args {
@@ -17,32 +17,50 @@ struct Args {
     /// How many seeds from there on.
     #[arg(long, default_value_t = 1)]
     seeds: u64,
-    /// Crash once after this happening, and let nothing else go wrong.
+    /// Several nodes, instead of one.
     #[arg(long)]
+    cluster: bool,
+    /// Crash once after this happening, and let nothing else go wrong; of one node only.
+    #[arg(long, conflicts_with = "cluster")]
     crash_at: Option<u64>,
     /// Plant a bug, by its name.
-    #[arg(long, value_parser = bug)]
-    bug: Option<Bug>,
+    #[arg(long)]
+    bug: Option<String>,
     /// Print all that happens.
     #[arg(long)]
     verbose: bool,
 }
 
-fn bug(name: &str) -> Result<Bug, String> {
-    let all = Bug::ALL.map(|bug| format!("{bug:?}"));
-    let known = Bug::ALL.into_iter().find(|bug| format!("{bug:?}").eq_ignore_ascii_case(name));
-    known.ok_or_else(|| format!("there is no bug '{name}'; there are {}", all.join(", ")))
+/// The planted bug of this name.
+fn named<B: Copy + std::fmt::Debug>(name: Option<&str>, all: &[B]) -> Result<Option<B>, String> {
+    let Some(name) = name else { return Ok(None) };
+    let known = all.iter().find(|bug| format!("{bug:?}").eq_ignore_ascii_case(name)).copied();
+    let names: Vec<_> = all.iter().map(|bug| format!("{bug:?}")).collect();
+    known.map(Some).ok_or_else(|| format!("there is no bug '{name}'; there are {}", names.join(", ")))
+}
+
+/// Runs one seed; happenings and virtual milliseconds.
+fn run(args: &Args, seed: u64) -> Result<(u64, u64), String> {
+    let verbose = args.verbose;
+    if args.cluster {
+        let bug = named(args.bug.as_deref(), &cluster_sim::Bug::ALL)?;
+        let ran = cluster_sim::run(&cluster_sim::Options { seed, bug, verbose, traced: false })?;
+        return Ok((ran.steps, ran.virtual_ms));
+    }
+    let bug = named(args.bug.as_deref(), &sim::Bug::ALL)?;
+    let ran = sim::run(&sim::Options { seed, crash_at: args.crash_at, bug, verbose })?;
+    Ok((ran.steps, ran.virtual_ms))
 }
 
 fn main() -> ExitCode {
-    let Args { seed, seeds, crash_at, bug, verbose } = Args::parse();
+    let args = Args::parse();
     let begun = Instant::now();
     let (mut steps, mut virtual_ms) = (0, 0);
-    for seed in seed..seed.saturating_add(seeds) {
-        match run(&Options { seed, crash_at, bug, verbose }) {
+    for seed in args.seed..args.seed.saturating_add(args.seeds) {
+        match run(&args, seed) {
             Ok(ran) => {
-                steps += ran.steps;
-                virtual_ms += ran.virtual_ms;
+                steps += ran.0;
+                virtual_ms += ran.1;
             }
             Err(report) => {
                 println!("seed {seed}: {report}");
@@ -52,8 +70,9 @@ fn main() -> ExitCode {
     }
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{seeds} seeds, {steps} happenings, no promise broken: {:.0} seeds a minute, {:.0} virtual seconds a second",
-        seeds as f64 / seconds * 60.0,
+        "{} seeds, {steps} happenings, no promise broken: {:.0} seeds a minute, {:.0} virtual seconds a second",
+        args.seeds,
+        args.seeds as f64 / seconds * 60.0,
         virtual_ms as f64 / 1000.0 / seconds
     );
     ExitCode::SUCCESS

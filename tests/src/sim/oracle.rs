@@ -191,7 +191,7 @@ impl Oracle {
         match reason {
             ColdReason::Restarted => self.restarts > 0,
             ColdReason::Evicted => true,
-            ColdReason::HoldersLost => self.flips > 0,
+            ColdReason::HoldersLost | ColdReason::Corrupt => self.flips > 0,
         }
     }
 }

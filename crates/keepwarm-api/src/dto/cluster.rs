@@ -1,5 +1,6 @@
 //! What operators see, over HTTP.
 
+use keepwarm_core::registry::{NodeState, NodeStatus};
 use keepwarm_node::{ArenaInfo, ClusterInfo, GpuInfo, GpuState, NodeEvent, NodeInfo, ShardInfo};
 use serde_json::{Value, json};
 
@@ -53,16 +54,16 @@ pub(crate) fn node(info: &NodeInfo) -> Value {
     })
 }
 
-pub(crate) fn cluster(info: &ClusterInfo) -> Value {
+pub(crate) fn cluster(info: &ClusterInfo, nodes: &[Value]) -> Value {
     json!({
         "name": info.name,
-        "nodes": info.nodes.iter().map(node).collect::<Vec<_>>(),
+        "nodes": nodes,
         "shards": info.shards,
         "replication": info.replication,
         "under_replicated_shards": info.under_replicated_shards,
         "under_replicated_sessions": info.under_replicated_sessions,
         "spec": {"version": info.spec_version, "hash": info.spec_hash},
-        "registry_leader": info.registry_leader.to_string(),
+        "registry_leader": info.registry_leader.as_ref().map(ToString::to_string),
     })
 }
 
@@ -71,8 +72,28 @@ pub(crate) fn shard(info: &ShardInfo) -> Value {
         "shard": info.id.0,
         "generation": info.generation.0,
         "replicas": info.replicas.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "learner": info.learner.as_ref().map(ToString::to_string),
         "sessions": info.sessions,
     })
+}
+
+/// A node that did not answer itself, as the registry has it.
+pub(crate) fn known(state: &NodeState) -> Value {
+    json!({
+        "name": state.registration.node.to_string(),
+        "status": status(state.status),
+        "incarnation": state.incarnation.0,
+        "http": state.registration.http,
+    })
+}
+
+/// The word for a node's status.
+pub(crate) const fn status(status: NodeStatus) -> &'static str {
+    match status {
+        NodeStatus::Up => "up",
+        NodeStatus::Draining => "draining",
+        NodeStatus::Down => "down",
+    }
 }
 
 /// An event as the tenant `tenant` may see it; an admin sees all.

@@ -4,10 +4,12 @@ use std::convert::Infallible;
 
 use axum::Json as Answer;
 use axum::extract::{Path, RawQuery, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{Extensions, HeaderValue, Method, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt};
+use keepwarm_core::registry::NodeStatus;
+use keepwarm_node::RelayedCaller;
 use keepwarm_types::TenantName;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::BroadcastStream;
@@ -18,6 +20,7 @@ use crate::auth::Caller;
 use crate::dto::cluster;
 use crate::dto::session::receipt;
 use crate::problem::Problem;
+use crate::serve::Stopping;
 
 /// End each of a tenant's sessions.
 #[utoipa::path(post, path = "/v1/tenants/{name}/purge", tag = "admin", params(("name" = String, Path)),
@@ -26,18 +29,63 @@ pub(crate) async fn purge(
     State(state): State<ApiState>,
     caller: Caller,
     Path(name): Path<String>,
+    extensions: Extensions,
 ) -> Result<Response, Problem> {
     caller.require_admin()?;
     let tenant: TenantName = name.parse().map_err(|error| Problem::field("name", error))?;
     let receipts = state.handle.purge(&tenant).await?;
-    Ok(Answer(json!({"receipts": receipts.iter().map(receipt).collect::<Vec<_>>()})).into_response())
+    let mut receipts: Vec<_> = receipts.iter().map(|ended| json!(receipt(ended))).collect();
+    if extensions.get::<RelayedCaller>().is_none() {
+        // Each node ends the sessions that it owns.
+        for node in state.handle.others() {
+            let path = format!("/v1/tenants/{tenant}/purge");
+            let theirs = crate::relay::ask(&state, &node, &caller, Method::POST, &path).await?;
+            receipts.extend(theirs["receipts"].as_array().cloned().unwrap_or_default());
+        }
+    }
+    Ok(Answer(json!({"receipts": receipts})).into_response())
 }
 
 /// The cluster, as this node sees it.
 #[utoipa::path(get, path = "/v1/cluster", tag = "admin",
     responses((status = 200, description = "Nodes, shards, spec, leader"), (status = "default", description = "A problem document")))]
-pub(crate) async fn cluster(State(state): State<ApiState>, _: Caller) -> Result<Answer<Value>, Problem> {
-    Ok(Answer(cluster::cluster(&state.handle.cluster().await?)))
+pub(crate) async fn cluster(
+    State(state): State<ApiState>,
+    caller: Caller,
+    extensions: Extensions,
+) -> Result<Answer<Value>, Problem> {
+    let info = state.handle.cluster().await?;
+    let relayed = extensions.get::<RelayedCaller>().is_some();
+    let others = info.others.iter().map(|other| {
+        let (state, caller) = (&state, &caller);
+        async move {
+            let name = &other.registration.node;
+            if relayed || other.status == NodeStatus::Down {
+                return (cluster::known(other), 0);
+            }
+            let path = format!("/v1/nodes/{name}");
+            match crate::relay::ask(state, name, caller, Method::GET, &path).await {
+                Ok(mut node) => {
+                    node["status"] = cluster::status(other.status).into();
+                    let short = node["under_replicated_sessions"].as_u64().unwrap_or(0);
+                    (node, short)
+                }
+                Err(error) => {
+                    let mut node = cluster::known(other);
+                    node["reason"] = error.detail().into();
+                    (node, 0)
+                }
+            }
+        }
+    });
+    let others = futures::future::join_all(others).await;
+    let short: u64 = others.iter().map(|(_, short)| short).sum();
+    let mut nodes: Vec<_> = others.into_iter().map(|(node, _)| node).collect();
+    nodes.push(cluster::node(&info.here));
+    nodes.sort_by(|a, b| a["name"].as_str().cmp(&b["name"].as_str()));
+    let mut document = cluster::cluster(&info, &nodes);
+    document["under_replicated_sessions"] = (info.under_replicated_sessions + short).into();
+    Ok(Answer(document))
 }
 
 /// The shard map.
@@ -60,13 +108,22 @@ pub(crate) async fn gpus(State(state): State<ApiState>, _: Caller) -> Answer<Val
     responses((status = 200, description = "The node"), (status = "default", description = "A problem document")))]
 pub(crate) async fn node(
     State(state): State<ApiState>,
-    _: Caller,
+    caller: Caller,
     Path(name): Path<String>,
 ) -> Result<Answer<Value>, Problem> {
     if name != state.handle.name().as_str() {
-        return Err(keepwarm_node::Error::UnknownNode(name).into());
+        let unknown = || keepwarm_node::Error::UnknownNode(name.clone());
+        let node = name.parse().map_err(|_| unknown())?;
+        if !state.handle.config().nodes.iter().any(|known| known.name == node) {
+            return Err(unknown().into());
+        }
+        return crate::relay::ask(&state, &node, &caller, Method::GET, &format!("/v1/nodes/{node}"))
+            .await
+            .map(Answer);
     }
-    Ok(Answer(cluster::node(&state.handle.node().await?)))
+    let mut node = cluster::node(&state.handle.node().await?);
+    node["under_replicated_sessions"] = state.handle.cluster().await?.under_replicated_sessions.into();
+    Ok(Answer(node))
 }
 
 /// Moves, placements and failures as they happen.
@@ -76,7 +133,16 @@ pub(crate) async fn node(
 pub(crate) async fn events(
     State(state): State<ApiState>,
     caller: Caller,
+    extensions: Extensions,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    // It has no end of its own: a server that stops need not wait for it.
+    let stopping = extensions.get::<Stopping>().cloned();
+    let stopping = async move {
+        match stopping {
+            Some(stopping) => stopping.begun().await,
+            None => futures::future::pending().await,
+        }
+    };
     let seen = BroadcastStream::new(state.handle.events()).filter_map(move |event| {
         let event = match event {
             Ok(event) => {
@@ -91,7 +157,7 @@ pub(crate) async fn events(
         };
         futures::future::ready(event.map(Ok))
     });
-    Sse::new(seen).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+    Sse::new(seen.take_until(stopping)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
 }
 
 /// The process is alive.
@@ -105,7 +171,7 @@ pub(crate) async fn healthz() -> &'static str {
     responses((status = 200, description = "ready"), (status = 503, description = "The reasons why not")))]
 pub(crate) async fn readyz(State(state): State<ApiState>, RawQuery(query): RawQuery) -> Response {
     let full = query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("full")));
-    match state.handle.ready(full) {
+    match state.handle.ready(full).await {
         Ok(()) => Answer(json!({"ready": true})).into_response(),
         Err(reasons) => {
             let mut response =

@@ -85,6 +85,7 @@ pub fn router(state: ApiState) -> Router {
         .fallback(unknown_route)
         // Bodies are bounded where they are read: JSON by its limit, parts by theirs.
         .layer(DefaultBodyLimit::disable())
+        .layer(middleware::from_fn_with_state(state.clone(), crate::relay::to_owner))
         .layer(middleware::from_fn_with_state(state.clone(), around))
         .layer(middleware::from_fn(crate::linger::linger))
         .with_state(state)
@@ -104,7 +105,8 @@ async fn around(
     request: Request,
     next: Next,
 ) -> Response {
-    let id = Uuid::now_v7().to_string();
+    let relayed = request.extensions().get::<keepwarm_node::RelayedCaller>();
+    let id = relayed.map_or_else(|| Uuid::now_v7().to_string(), |relayed| relayed.request_id.clone());
     let span = tracing::debug_span!("request", %id, method = %request.method(), path = request.uri().path());
     let handled = REQUEST_ID.scope(id.clone(), async move {
         match std::panic::AssertUnwindSafe(next.run(request)).catch_unwind().await {

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use axum::Json as Answer;
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{Extensions, HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::TryStreamExt;
 use keepwarm_core::session::Etag;
 use keepwarm_core::shard::Cut;
-use keepwarm_node::{CreateRequest, ForkRequest, SessionInfo, archive};
+use keepwarm_node::{CreateRequest, ForkRequest, RelayedCaller, SessionInfo, archive};
 use keepwarm_types::{Bytes, SessionId, Tokens};
 use serde_json::{Value, json};
 
@@ -84,9 +84,11 @@ pub(crate) async fn list(
     State(state): State<ApiState>,
     caller: Caller,
     RawQuery(query): RawQuery,
+    extensions: Extensions,
 ) -> Result<Response, Problem> {
     let (mut after, mut limit, mut wanted) = (None, LIMIT_DEFAULT, BTreeMap::new());
-    let uri = format!("/?{}", query.unwrap_or_default())
+    utf8(query.as_deref().unwrap_or_default())?;
+    let uri = format!("/?{}", query.clone().unwrap_or_default())
         .parse()
         .map_err(|_| Problem::field("query", "is not a query string"))?;
     let pairs = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(&uri);
@@ -109,7 +111,74 @@ pub(crate) async fn list(
         }
     }
     let page = state.handle.list(&caller.tenant, after, limit, &labels(wanted)).await?;
-    Ok(Answer(PageDto::from(page)).into_response())
+    let page = serde_json::to_value(PageDto::from(page)).unwrap_or_default();
+    if extensions.get::<RelayedCaller>().is_some() || !state.handle.in_cluster() {
+        return Ok(Answer(page).into_response());
+    }
+    let path = format!("/v1/sessions?{}", query.as_deref().unwrap_or_default());
+    Ok(Answer(of_all_nodes(&state, &caller, &path, limit, page).await).into_response())
+}
+
+/// Refuses a query whose unescaped bytes are no UTF-8: read leniently, it would look for another label.
+fn utf8(query: &str) -> Result<(), Problem> {
+    for pair in query.split('&') {
+        if percent_decode(pair).is_none() {
+            let name = pair.split('=').next().unwrap_or_default();
+            return Err(Problem::field(name, "is not UTF-8: percent-escape the bytes of a UTF-8 text"));
+        }
+    }
+    Ok(())
+}
+
+/// The text that a percent-escaped one stands for, if it is UTF-8.
+fn percent_decode(text: &str) -> Option<String> {
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
+    while let Some((first, behind)) = rest.split_first() {
+        let escaped = behind.get(..2).filter(|_| *first == b'%');
+        let escaped = escaped.and_then(|digits| std::str::from_utf8(digits).ok());
+        match escaped.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &behind[2..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// Puts the pages of all nodes together; shards of a node that does not answer are named as incomplete.
+async fn of_all_nodes(state: &ApiState, caller: &Caller, path: &str, limit: usize, own: Value) -> Value {
+    let nodes = state.handle.others();
+    let asked = nodes.iter().map(|node| crate::relay::ask(state, node, caller, Method::GET, path));
+    let answers = futures::future::join_all(asked).await;
+    let (mut sessions, mut incomplete, mut more) = (Vec::new(), Vec::new(), false);
+    let mut take = |page: &Value| {
+        sessions.extend(page["sessions"].as_array().cloned().unwrap_or_default());
+        incomplete.extend(page["incomplete"].as_array().cloned().unwrap_or_default());
+        more |= !page["next_cursor"].is_null();
+    };
+    take(&own);
+    let mut silent = Vec::new();
+    for (node, answer) in nodes.iter().zip(answers) {
+        match answer {
+            Ok(page) => take(&page),
+            Err(error) => {
+                tracing::debug!(%node, why = error.detail(), "a node's sessions are not listed");
+                silent.extend(state.handle.shards_of(node).into_iter().map(|shard| Value::from(shard.0)));
+            }
+        }
+    }
+    incomplete.extend(silent);
+    let id = |session: &Value| session["id"].as_str().unwrap_or_default().to_owned();
+    sessions.sort_by_key(id);
+    more |= sessions.len() > limit;
+    sessions.truncate(limit);
+    let cursor = sessions.last().filter(|_| more).map(id);
+    json!({"sessions": sessions, "next_cursor": cursor, "incomplete": incomplete})
 }
 
 /// Show a session.
@@ -229,4 +298,21 @@ pub(crate) async fn import(
         .map_err(|error| keepwarm_node::Error::BodyLength(format!("the body broke off: {error}")));
     let info = archive::import(&state.handle, &caller.tenant, id, stream).await?;
     Ok(shown(&state, StatusCode::CREATED, info, None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_that_is_no_utf8_is_refused_by_its_name() {
+        for good in
+            ["", "limit=3&label.user=42", "label.user=%C3%A4+%41", "label.user=100%", "label.user=%zz"]
+        {
+            assert!(utf8(good).is_ok(), "{good}");
+        }
+        let refused = utf8("limit=3&label.user=%ff").unwrap_err();
+        assert_eq!(refused.code(), "invalid_field");
+        assert!(utf8("label.user=%C3").is_err());
+    }
 }

@@ -163,7 +163,7 @@ impl Client {
         self.on_session(Method::GET, id, &["explain"]).answer().await
     }
 
-    /// Ends a session: its memory is given back, scrubbed.
+    /// Ends a session: its memory is given back, and zeroed before another tenant's use.
     ///
     /// # Errors
     /// [`ClientError`]; `deleted` where that was done before.

@@ -1,5 +1,7 @@
 //! What the consensus group agrees upon, one entry at a time, and what each entry answers.
 
+use std::borrow::Cow;
+
 use keepwarm_types::{Generation, Incarnation, NodeName, ShardId, Timestamp};
 use uuid::Uuid;
 
@@ -20,6 +22,8 @@ pub struct Registration {
     pub stores: bool,
     /// SHA-256 of its certificate.
     pub certificate: [u8; 32],
+    /// Drawn when the process starts: asked twice, because an answer was lost, it is registered once.
+    pub process: Uuid,
 }
 
 /// A change of one shard's set.
@@ -111,13 +115,19 @@ pub enum Refused {
     UnknownShard(ShardId),
     /// The change does not fit the set.
     #[error("{0}")]
-    Unfit(&'static str),
+    Unfit(Cow<'static, str>),
     /// One observer alone, where a copy would be missed.
     #[error("{0} was seen to fail by too few")]
     Evidence(NodeName),
     /// An older spec, or other content under the same version.
     #[error("the spec is at version {0}: raise `version` with each change")]
     Spec(u64),
+}
+
+impl Refused {
+    pub(super) const fn unfit(why: &'static str) -> Self {
+        Self::Unfit(Cow::Borrowed(why))
+    }
 }
 
 /// What an entry answers to whoever proposed it.

@@ -10,18 +10,27 @@
 //!
 //! - `entry`: what can be agreed upon, and what each answers.
 //! - `state`: nodes and sets, and how an entry changes them.
+//! - `sets`: the table of shards, in pages that clones share.
+//! - `delta`: what has changed since a version, for followers and snapshots.
+//! - `detector`: whose process has failed, from what several report.
 //! - `copyset`: which groups of nodes may hold a shard (Cidon et al., USENIX ATC 2013), across zones.
 //! - `plan`: what the leader proposes next: first sets, learners, promotions of balance, drains.
 
 mod copyset;
+mod delta;
+mod detector;
 mod entry;
 mod plan;
+mod sets;
 mod state;
 
 pub use copyset::copysets;
+pub use delta::{Delta, DeltaError, SetState};
+pub use detector::{Detector, DetectorEvent, DetectorSettings, Finding, HealthReport, Unheard};
 pub use entry::{Applied, Change, Entry, Refused, Registration, Response};
-pub use plan::{LEARNERS_MAX, plan};
-pub use state::{Member, NodeState, NodeStatus, REPLICAS_MAX, Registry, RegistrySettings, ReplicaSet};
+pub use plan::{ASSIGN_MAX, LEARNERS_MAX, plan, plan_apart};
+pub use sets::REPLICAS_MAX;
+pub use state::{Member, NodeState, NodeStatus, Registry, RegistrySettings, ReplicaSet};
 
 #[cfg(test)]
 mod tests;

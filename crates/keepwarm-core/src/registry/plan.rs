@@ -1,20 +1,33 @@
 //! What the leader proposes next, so that each shard has its replicas and each node its share.
+//!
+//! It never promotes a learner: only the shard's primary knows when that has everything. What it takes away, it
+//! takes only where as many copies stay as were promised.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use keepwarm_types::{NodeName, ShardId};
 
 use super::copyset::copysets;
 use super::entry::{Change, Entry};
+use super::sets::{Place, Set};
 use super::state::{NodeStatus, Registry};
 
 /// Shards that one node copies as a learner at once: copying is bounded by its link, and each costs a scan.
 pub const LEARNERS_MAX: usize = 4;
+/// Shards whose first sets one entry gives: some 100 bytes each, so that an entry stays under 1 MiB.
+pub const ASSIGN_MAX: usize = 8192;
 /// A primary moves only where that leaves both with shares that differ by less than before.
 const PRIMARIES_SLACK: usize = 1;
 
+/// A node gets more only while another has more than this many times as much: groups of few nodes are worth more
+/// than equal shares.
+const SHARE_RATIO: usize = 2;
+
+/// Who does not hear whom.
+type Apart = HashSet<(Place, Place)>;
+
 struct Storing<'a> {
-    place: u16,
+    place: Place,
     name: &'a NodeName,
     zone: &'a str,
     draining: bool,
@@ -23,52 +36,111 @@ struct Storing<'a> {
     learning: usize,
 }
 
-/// The next entries, at most `limit`; none where all is as it should be. `expected` storing nodes are in the spec:
-/// first sets wait for as many as a set needs, so that a cluster does not begin on whoever is first.
+/// The next entries, at most `limit`, or the first sets of all shards that have none; none where all is as it should
+/// be. `expected` storing nodes are in the spec: a shard's very first set waits for as many as a set needs, so that
+/// a cluster does not begin on whoever is first.
 #[must_use]
 pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
+    plan_apart(registry, expected, limit, &BTreeSet::new())
+}
+
+/// As [`plan`], where of each pair in `apart` the first alone does not hear the second: it leads no shard that needs
+/// both, for it could commit nothing there.
+#[must_use]
+pub fn plan_apart(
+    registry: &Registry,
+    expected: usize,
+    limit: usize,
+    apart: &BTreeSet<(NodeName, NodeName)>,
+) -> Vec<Entry> {
+    let place = |(from, to): &(NodeName, NodeName)| Some((registry.place(from)?, registry.place(to)?));
+    let apart: Apart = apart.iter().filter_map(place).collect();
     let mut nodes = storing(registry);
     let able = nodes.values().filter(|node| !node.draining).count();
-    let size = (registry.settings().replication + 1).min(able);
-    let (fresh, settled): (Vec<_>, Vec<_>) =
-        registry.shards().partition(|shard| registry.places_of(*shard).1.is_empty());
-    if !fresh.is_empty() && able > 0 && able >= (registry.settings().replication + 1).min(expected) {
-        return vec![first_sets(&nodes, fresh, size)];
+    let wanted = registry.settings.replication + 1;
+    let size = wanted.min(able);
+    let enough = able > 0 && able >= wanted.min(expected);
+    // A set that was given up starts anew on whoever there is.
+    let begins = |set: &Set| set.len() == 0 && able > 0 && (enough || set.generation.0 > 0);
+    let fresh: Vec<_> = registry.sets.iter().filter(|(_, set)| begins(set)).map(|(shard, _)| shard).collect();
+    if !fresh.is_empty() {
+        return first_sets(&nodes, &fresh, size);
     }
     let mut entries = Vec::new();
-    for shard in settled {
+    for (shard, set) in registry.sets.iter() {
         if entries.len() >= limit {
             break;
         }
-        if let Some(change) = next(registry, &mut nodes, shard, size) {
-            let (generation, ..) = registry.places_of(shard);
-            entries.push(Entry::Change { shard, generation, change });
+        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication, &apart) {
+            entries.push(Entry::Change { shard, generation: set.generation, change });
         }
+    }
+    if entries.is_empty() { share(registry, &mut nodes, size, limit) } else { entries }
+}
+
+/// A node that has far less than others, because it is new, begins to copy some of their shards; when it has them,
+/// the set is one too large and whoever has most leaves.
+fn share(
+    registry: &Registry,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    size: usize,
+    limit: usize,
+) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    let mut least = least_of(nodes);
+    for (shard, set) in registry.sets.iter() {
+        let Some(bar) = least.filter(|_| entries.len() < limit).map(|least| SHARE_RATIO * (least + 1)) else {
+            break;
+        };
+        let stays = |place: Place| nodes.get(&place).is_some_and(|node| !node.draining);
+        let settled = set.learner().is_none() && set.len() == size && set.members().all(stays);
+        let Some(from) = set.members().filter(|_| settled).max_by_key(|place| nodes[place].replicas) else {
+            continue;
+        };
+        if nodes[&from].replicas <= bar {
+            continue;
+        }
+        let Some(to) = best_learner(set, nodes) else { continue };
+        if nodes[&from].replicas <= SHARE_RATIO * (nodes[&to].replicas + 1) {
+            continue;
+        }
+        if let Some(node) = nodes.get_mut(&from) {
+            node.replicas -= 1;
+        }
+        if let Some(node) = nodes.get_mut(&to) {
+            (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
+            let change = Change::AddLearner(node.name.clone());
+            entries.push(Entry::Change { shard, generation: set.generation, change });
+        }
+        least = least_of(nodes);
     }
     entries
 }
 
-fn storing(registry: &Registry) -> HashMap<u16, Storing<'_>> {
-    let up =
-        registry.nodes().iter().filter(|node| node.status != NodeStatus::Down && node.registration.stores);
-    let mut nodes: HashMap<u16, Storing<'_>> = up
-        .filter_map(|node| {
-            let name = &node.registration.node;
-            let place = registry.place(name)?;
+/// The fewest replicas of a node that could take more.
+fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
+    let takes = nodes.values().filter(|node| !node.draining && node.learning < LEARNERS_MAX);
+    takes.map(|node| node.replicas).min()
+}
+
+fn storing(registry: &Registry) -> HashMap<Place, Storing<'_>> {
+    let mut nodes: HashMap<Place, Storing<'_>> = (0..)
+        .zip(&registry.nodes)
+        .filter(|(_, node)| node.status != NodeStatus::Down && node.registration.stores)
+        .map(|(place, node)| {
             let draining = node.status == NodeStatus::Draining;
-            let zone = node.registration.zone.as_str();
-            Some((place, Storing { place, name, zone, draining, replicas: 0, primaries: 0, learning: 0 }))
+            let (name, zone) = (&node.registration.node, node.registration.zone.as_str());
+            (place, Storing { place, name, zone, draining, replicas: 0, primaries: 0, learning: 0 })
         })
         .collect();
-    for shard in registry.shards() {
-        let (_, replicas, learner) = registry.places_of(shard);
-        for (at, place) in replicas.iter().enumerate() {
-            if let Some(node) = nodes.get_mut(place) {
+    for (_, set) in registry.sets.iter() {
+        for (at, place) in set.members().enumerate() {
+            if let Some(node) = nodes.get_mut(&place) {
                 node.replicas += 1;
                 node.primaries += usize::from(at == 0);
             }
         }
-        if let Some(node) = learner.and_then(|place| nodes.get_mut(&place)) {
+        if let Some(node) = set.learner().and_then(|place| nodes.get_mut(&place)) {
             node.replicas += 1;
             node.learning += 1;
         }
@@ -77,63 +149,108 @@ fn storing(registry: &Registry) -> HashMap<u16, Storing<'_>> {
 }
 
 /// Every group takes as many shards as every other, and every member of a group is first for as many.
-fn first_sets(nodes: &HashMap<u16, Storing<'_>>, shards: Vec<ShardId>, size: usize) -> Entry {
+fn first_sets(nodes: &HashMap<Place, Storing<'_>>, shards: &[ShardId], size: usize) -> Vec<Entry> {
     let able: Vec<_> =
         nodes.values().filter(|node| !node.draining).map(|node| (node.place, node.zone)).collect();
     let groups = copysets(&able, size);
-    let sets = shards.into_iter().enumerate().map(|(n, shard)| {
-        let group = &groups[n % groups.len()];
-        let first = n / groups.len();
-        let turned = (0..group.len()).map(|at| nodes[&group[(first + at) % group.len()]].name.clone());
-        (shard, turned.collect())
-    });
-    Entry::Assign(sets.collect())
+    let sets: Vec<_> = shards
+        .iter()
+        .enumerate()
+        .map(|(n, shard)| {
+            let group = &groups[n % groups.len()];
+            let first = n / groups.len();
+            let turned = (0..group.len()).map(|at| nodes[&group[(first + at) % group.len()]].name.clone());
+            (*shard, turned.collect::<Vec<_>>())
+        })
+        .collect();
+    sets.chunks(ASSIGN_MAX).map(|sets| Entry::Assign(sets.to_vec())).collect()
 }
 
 /// What one shard needs next, if anything.
 fn next(
-    registry: &Registry,
-    nodes: &mut HashMap<u16, Storing<'_>>,
-    shard: ShardId,
+    set: &Set,
+    nodes: &mut HashMap<Place, Storing<'_>>,
     size: usize,
+    replication: usize,
+    apart: &Apart,
 ) -> Option<Change> {
-    let (_, replicas, learner) = registry.places_of(shard);
-    // While somebody copies, or nobody is there to copy from, the shard waits.
-    if learner.is_some() || !nodes.contains_key(&replicas[0]) {
-        return None;
+    // Nobody is there to copy from: the shard waits.
+    let primary = set.primary().filter(|place| nodes.contains_key(place))?;
+    if cut_off(primary, set, apart)
+        && let Some(change) = better_primary(set, primary, nodes, apart)
+    {
+        return Some(change);
     }
-    let staying = replicas.iter().filter(|place| nodes.get(place).is_some_and(|node| !node.draining)).count();
+    if let Some(learner) = set.learner() {
+        // While somebody copies, it waits too, unless that one shall be emptied.
+        let useless = nodes.get(&learner).is_none_or(|node| node.draining);
+        return useless.then_some(Change::DropLearner);
+    }
+    let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
+    let staying = set.members().filter(stays).count();
     if staying < size {
-        let zones: Vec<_> =
-            replicas.iter().filter_map(|place| nodes.get(place)).map(|node| node.zone).collect();
-        let free = |node: &&Storing<'_>| {
-            !node.draining && !replicas.contains(&node.place) && node.learning < LEARNERS_MAX
-        };
-        let best = nodes
-            .values()
-            .filter(free)
-            .min_by_key(|node| (zones.contains(&node.zone), node.replicas, node.place))?
-            .place;
-        let node = nodes.get_mut(&best)?;
-        (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
-        return Some(Change::AddLearner(node.name.clone()));
-    }
-    // Enough without them: who is being emptied, or is one too many, leaves.
-    let leaves = replicas.iter().rev().find(|place| nodes.get(place).is_some_and(|node| node.draining));
-    let leaves = leaves.or_else(|| replicas.last().filter(|_| replicas.len() > size));
-    if let Some(place) = leaves {
-        let node = nodes.get_mut(place)?;
+        if let Some(place) = best_learner(set, nodes) {
+            let node = nodes.get_mut(&place)?;
+            (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
+            return Some(Change::AddLearner(node.name.clone()));
+        }
+    } else if set.len() > replication.max(1) && (staying < set.len() || set.len() > size) {
+        // Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
+        let draining = set.members().rev().find(|place| !stays(place));
+        let surplus = surplus(set, nodes).filter(|_| set.len() > size);
+        let node = nodes.get_mut(&draining.or(surplus)?)?;
         node.replicas -= 1;
+        node.primaries -= usize::from(node.place == primary);
         return Some(Change::Remove { node: node.name.clone(), observers: Vec::new() });
     }
-    let first = nodes.get(&replicas[0])?.primaries;
-    let least = replicas[1..]
-        .iter()
-        .filter_map(|place| nodes.get(place))
+    better_primary(set, primary, nodes, apart)
+}
+
+/// Who leaves a set that is too large: one whose zone is there twice, then who has most, then the last.
+fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
+    let zone = |place: Place| nodes.get(&place).map(|node| node.zone);
+    let twice = |place: Place| set.members().filter(|other| zone(*other) == zone(place)).count() > 1;
+    set.members()
+        .enumerate()
+        .max_by_key(|(at, place)| (twice(*place), nodes.get(place).map_or(0, |node| node.replicas), *at))
+        .map(|(_, place)| place)
+}
+
+/// Who has least of the nodes that could join the set, one of another zone first.
+fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
+    let zones: Vec<_> = set.members().filter_map(|place| nodes.get(&place)).map(|node| node.zone).collect();
+    let free = |node: &&Storing<'_>| !node.draining && !set.has(node.place) && node.learning < LEARNERS_MAX;
+    nodes
+        .values()
+        .filter(free)
+        .min_by_key(|node| (zones.contains(&node.zone), node.replicas, node.place))
+        .map(|node| node.place)
+}
+
+/// Whether a node alone does not hear another one of the set.
+fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
+    !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
+}
+
+/// Another replica, where the primary is being emptied, is cut off from one of the set, or leads more than its share.
+fn better_primary(
+    set: &Set,
+    primary: Place,
+    nodes: &mut HashMap<Place, Storing<'_>>,
+    apart: &Apart,
+) -> Option<Change> {
+    let first = nodes.get(&primary)?;
+    let least = set
+        .members()
+        .skip(1)
+        .filter(|place| !cut_off(*place, set, apart))
+        .filter_map(|place| nodes.get(&place))
+        .filter(|node| !node.draining)
         .min_by_key(|node| (node.primaries, node.place))?;
-    if first > least.primaries + PRIMARIES_SLACK {
+    let unfit = first.draining || cut_off(primary, set, apart);
+    if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
-        nodes.get_mut(&replicas[0])?.primaries -= 1;
+        nodes.get_mut(&primary)?.primaries -= 1;
         nodes.get_mut(&least)?.primaries += 1;
         return Some(Change::MakePrimary(name));
     }

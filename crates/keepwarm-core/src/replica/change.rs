@@ -3,13 +3,13 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{SessionKey, Timestamp};
+use keepwarm_types::{Bytes, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, ReplicaCommand};
-use super::heal::CopyFor;
+use super::heal::{CaughtUp, CopyFor};
 use super::message::{Message, Prepare};
 use super::office::OWN;
-use super::state::{Part, Replica, Then, WRITE_DEADLINE, release};
+use super::state::{Part, RESEND, Replica, Then, release};
 use crate::registry::Member;
 use crate::session::{BlockRef, Manifest, Stamp};
 use crate::shard::{Command, Event, PersistError, Record, RequestId, Ticket};
@@ -26,9 +26,11 @@ pub(super) struct Changing {
     previous: Option<Stamp>,
     /// Whether it was given to anybody: from then on it is committed or unknown.
     pub(super) sent: bool,
+    /// Whether another replica may have it, or the own catalog in spite of what it says: from then on there is no "no".
+    pub(super) given: bool,
     /// Whether the own catalog has it.
     local: bool,
-    acked: Vec<Member>,
+    pub(super) acked: Vec<Member>,
     /// Bytes that must be at their holders first, and those holders that could not be had.
     copying: BTreeSet<super::event::CopyId>,
     lost: Vec<Member>,
@@ -77,7 +79,8 @@ impl Replica {
                         self.begin_change(now, ticket, record, out);
                     }
                 }
-                Command::Reply(id, result) if id.0 & OWN != 0 => self.own_answered(id, result.is_ok(), out),
+                // Nobody waits for what the replica asked of its own shard.
+                Command::Reply(id, _) if id.0 & OWN != 0 => {}
                 Command::Reply(id, result) if direct == Some(id) => {
                     out.push(ReplicaCommand::Reply(id, result))
                 }
@@ -112,6 +115,7 @@ impl Replica {
             previous: office.committed_head(&key),
             record,
             sent: false,
+            given: false,
             local: false,
             acked: Vec::new(),
             copying: BTreeSet::new(),
@@ -125,6 +129,7 @@ impl Replica {
         office.changing.insert(key.clone(), ticket);
         let birth = change.manifest().map(|manifest| manifest.birth);
         office.changes.insert(ticket, change);
+        self.take_caught_up(ticket, &key, out);
         if let Some(birth) = birth.filter(|_| !blocks.is_empty()) {
             if !self.settings.degraded && holders.len() < self.settings.replication {
                 self.not_applied(now, ticket, PersistError::TooFewHolders, out);
@@ -143,6 +148,39 @@ impl Replica {
             }
         }
         self.send_if_copied(now, ticket, out);
+    }
+
+    /// A session with too few holders that is written all the time gains one by a change: whoever has most of its
+    /// bytes gets what it lacks of this one.
+    fn take_caught_up(&mut self, ticket: Ticket, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let wanted = self.settings.replication.min(self.set.replicas.len());
+        let me = self.settings.member.clone();
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some(CaughtUp { member, has, .. }) = office.caught_up.remove(key) else { return };
+        let Some(manifest) = office.changes.get(&ticket).and_then(Changing::manifest).cloned() else {
+            return;
+        };
+        let holders = &manifest.holders;
+        let fits = holders.contains(&me) && !holders.contains(&member) && holders.len() < wanted;
+        if !fits || manifest.stored_bytes() == Bytes::ZERO || !self.set.replicas.contains(&member) {
+            return;
+        }
+        let holders: Vec<_> = holders.iter().chain([&member]).cloned().collect();
+        let Some(next) = office.shard.pending_holders(ticket, &holders) else { return };
+        let lacks: Vec<_> =
+            next.instances().filter(|block| !has.contains(&block.instance)).copied().collect();
+        let id = self.next_copy();
+        let Part::Primary(office) = &mut self.part else { return };
+        let Some(change) = office.changes.get_mut(&ticket) else { return };
+        if let Record::Manifest(manifest, _) = &mut change.record {
+            *manifest = Arc::clone(&next);
+        }
+        if !lacks.is_empty() {
+            change.copying.insert(id);
+            office.copying.insert(id, CopyFor::Change { ticket, to: member.clone() });
+            let (key, birth) = (key.clone(), next.birth);
+            out.push(ReplicaCommand::Copy { id, to: member, key, birth, blocks: lacks });
+        }
     }
 
     /// Bytes of a change are at a holder, or not.
@@ -228,6 +266,7 @@ impl Replica {
             .filter(open)
             .cloned()
             .collect();
+        change.given |= !to.is_empty();
         for member in to {
             self.say(&member, Message::Prepare(Box::new(prepare.clone())), out);
         }
@@ -276,6 +315,10 @@ impl Replica {
     ) {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(ticket) = office.changing.get(key).copied() else { return };
+        // A session on its way whole may undo what was prepared; the change is sent again after it.
+        if office.peer(from).is_none_or(|peer| peer.installs.contains_key(key)) {
+            return;
+        }
         let fits = office.changes.get(&ticket).is_some_and(|c| c.sent && c.record.stamp() == Some(stamp));
         if fits {
             self.prepared_at(now, from, ticket, holding, out);
@@ -299,23 +342,15 @@ impl Replica {
         now: Timestamp,
         ticket: Ticket,
         error: PersistError,
-        records: &[Record],
         out: &mut Vec<ReplicaCommand>,
     ) -> bool {
         let Part::Primary(office) = &mut self.part else { return false };
-        if !office.changes.contains_key(&ticket) {
+        let Some(change) = office.changes.get_mut(&ticket) else { return true };
+        if error == PersistError::NotApplied && !change.given {
+            self.not_applied(now, ticket, error, out);
             return true;
         }
-        if office.peers.is_empty() {
-            if error == PersistError::NotApplied {
-                self.not_applied(now, ticket, error, out);
-            } else {
-                // The shard gives the same records to the catalog again, under another ticket.
-                self.forget_change(ticket);
-                self.drive(now, Event::PersistFailed(ticket, error, records.to_vec()), None, out);
-            }
-            return true;
-        }
+        change.given = true;
         let mut commands = Vec::new();
         office.shard.doubt(ticket, &mut commands);
         self.doubted(commands, out);
@@ -360,17 +395,20 @@ impl Replica {
         self.forget_change(ticket);
         let Part::Primary(office) = &mut self.part else { return };
         if let Some(stamp) = stamp {
-            office.peers.iter_mut().for_each(|peer| peer.notices.push((key.clone(), stamp)));
+            for peer in &mut office.peers {
+                peer.notices.insert(key.clone(), (stamp, None));
+            }
         }
         if let Some(stale) = office.stale.remove(&key) {
             out.push(release(stale));
         }
-        let full = office.peers.iter().any(|peer| peer.notices.len() >= NOTICES_MAX);
+        let full = office.peers.iter().any(|peer| peer.notices.len() == NOTICES_MAX);
         self.drive(now, Event::Persisted(ticket), direct, out);
         if full {
-            self.tell_commits(out);
+            self.tell_commits(now, out);
         }
         self.look_at(&key, lost);
+        self.heal_between_changes(now, &key, out);
         self.fetched(now, out);
     }
 
@@ -383,28 +421,54 @@ impl Replica {
         }
     }
 
-    /// Tells the others what is committed, so that they let go of what was before.
-    pub(super) fn tell_commits(&mut self, out: &mut Vec<ReplicaCommand>) {
+    /// Tells the others what is committed, so that they let go of what was before; again where they did not hear.
+    pub(super) fn tell_commits(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &mut self.part else { return };
-        let notices: Vec<_> = office
-            .peers
-            .iter_mut()
-            .filter(|peer| !peer.notices.is_empty())
-            .map(|peer| (peer.member.clone(), std::mem::take(&mut peer.notices)))
-            .collect();
+        let mut notices = Vec::new();
+        for peer in &mut office.peers {
+            let due = |told: &Option<Timestamp>| told.is_none_or(|at| now.since(at) >= RESEND);
+            let open = peer.notices.iter_mut().filter(|(_, (_, told))| due(told)).take(NOTICES_MAX);
+            let tell = |(key, (stamp, told)): (&SessionKey, &mut (Stamp, Option<Timestamp>))| {
+                *told = Some(now);
+                (key.clone(), *stamp)
+            };
+            let heads: Vec<_> = open.map(tell).collect();
+            if !heads.is_empty() {
+                notices.push((peer.member.clone(), heads));
+            }
+        }
         for (member, heads) in notices {
             self.say(&member, Message::Committed(heads), out);
         }
     }
 
+    /// A peer heard what is committed.
+    pub(super) fn noted(
+        &mut self,
+        from: &Member,
+        heads: &[(SessionKey, Stamp)],
+        before: Option<keepwarm_types::Generation>,
+    ) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let began = office.began;
+        let Some(peer) = office.peer(from) else { return };
+        for (key, stamp) in heads {
+            if peer.notices.get(key).is_some_and(|(told, _)| told == stamp) {
+                peer.notices.remove(key);
+            }
+        }
+        peer.settled_noted |= before == Some(began);
+    }
+
     /// Whoever waited too long for a change learns that its outcome is unknown; the change stays on its way.
     //= GUARANTEES.md#G3
     pub(super) fn doubt_late_changes(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
         let mut commands = Vec::new();
         for (ticket, change) in &mut office.changes {
-            if change.sent && !change.doubted && now.since(change.since) >= WRITE_DEADLINE {
-                change.doubted = true;
+            if change.sent && !change.doubted && now.since(change.since) >= deadline {
+                (change.doubted, change.given) = (true, true);
                 office.shard.doubt(*ticket, &mut commands);
             }
         }

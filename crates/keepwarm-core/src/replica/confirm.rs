@@ -7,7 +7,7 @@ use keepwarm_types::{SessionKey, Timestamp};
 use super::event::ReplicaCommand;
 use super::message::Message;
 use super::office::{OWN, WAITING_MAX};
-use super::state::{Part, RESEND, Replica, WRITE_DEADLINE};
+use super::state::{Part, RESEND, Replica};
 use crate::registry::Member;
 use crate::session::State;
 use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb};
@@ -16,12 +16,19 @@ use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb
 #[derive(Debug, Default)]
 pub(super) struct Rounds {
     /// The last round that was begun.
-    begun: u64,
+    pub(super) begun: u64,
     at: Timestamp,
     /// The last round that the registry confirmed.
     registry: u64,
     /// Round, request, and when it came.
     pub(super) waiting: VecDeque<(u64, RequestId, Timestamp)>,
+}
+
+impl Rounds {
+    /// Rounds of an earlier office are never taken for those of this one.
+    pub(super) fn after(begun: u64) -> Self {
+        Self { begun, ..Self::default() }
+    }
 }
 
 impl Replica {
@@ -89,7 +96,7 @@ impl Replica {
             return None;
         }
         waiting.push_back(request);
-        office.sick.insert(key.clone());
+        office.sick.entry(key.clone()).or_default();
         self.heal_one(now, &key, out);
         None
     }
@@ -193,13 +200,14 @@ impl Replica {
 
     /// Looks at what is late.
     pub(super) fn office_tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
         if office.shard.next_deadline() <= now {
             self.drive(now, Event::Tick, None, out);
         }
         let Part::Primary(office) = &mut self.part else { return };
         while let Some((_, id, since)) = office.rounds.waiting.front().copied()
-            && now.since(since) >= WRITE_DEADLINE
+            && now.since(since) >= deadline
         {
             office.rounds.waiting.pop_front();
             out.push(ReplicaCommand::Refuse(
@@ -211,7 +219,7 @@ impl Replica {
             self.ask_round(now, out);
         }
         if let Part::Primary(office) = &mut self.part
-            && office.proposed.is_some_and(|at| now.since(at) >= WRITE_DEADLINE)
+            && office.proposed.is_some_and(|at| now.since(at) >= deadline)
         {
             // Whether that one comes to be or not, another on the same generation cannot do harm.
             office.proposed = None;
@@ -219,7 +227,7 @@ impl Replica {
         self.resend(now, None, out);
         self.give_up_waiting(now, out);
         self.doubt_late_changes(now, out);
-        self.tell_commits(out);
+        self.tell_commits(now, out);
         self.heal(now, out);
         self.fetched(now, out);
         self.touched(now, out);
@@ -246,6 +254,7 @@ impl Replica {
                 self.compared(now, from, id, differing, lacking, out);
             }
             Message::Installed { key, head, holding } => self.installed(now, from, &key, head, holding, out),
+            Message::Noted { heads, before } => self.noted(from, &heads, before),
             Message::Confirmed { round } => self.confirmed(now, from, round, out),
             Message::Evict { key, birth } => self.asked_to_evict(now, &key, birth, out),
             Message::Prepare(_)
@@ -264,13 +273,11 @@ impl Replica {
         now: Timestamp,
         key: SessionKey,
         verb: Verb,
-        own: super::office::Own,
         out: &mut Vec<ReplicaCommand>,
     ) {
         let Part::Primary(office) = &mut self.part else { return };
         office.owned += 1;
         let id = RequestId(OWN | office.owned);
-        office.own.insert(id, own);
         self.drive(now, Event::Request(Request { id, key, verb }), None, out);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, InstanceId, SessionKey, ShardCount, ShardId};
+use keepwarm_types::{Birth, InstanceId, Millis, SessionKey, ShardCount, ShardId};
 
 use super::message::Envelope;
 use crate::registry::{Change, Member, ReplicaSet};
@@ -24,6 +24,9 @@ pub struct ReplicaSettings {
     pub replication: usize,
     /// Whether writes are taken while fewer than `replication` nodes can hold.
     pub degraded: bool,
+    /// How long a client waits for a change before it is told that the outcome is unknown, and for anything else
+    /// before it is refused.
+    pub write_deadline: Millis,
     /// Whether the registry has other nodes: a primary without secondaries then asks it before it answers.
     pub cluster: bool,
 }

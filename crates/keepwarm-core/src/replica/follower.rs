@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{InstanceId, SessionKey};
+use keepwarm_types::{Birth, Bytes, InstanceId, SessionKey};
 
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Prepare, Span};
 use super::state::{Part, Replica, Then, release, retain};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State, TranscriptDelta};
-use crate::shard::{Record, Tombstone, TranscriptChange};
+use crate::shard::{Command, Record, Residence, Tombstone, TranscriptChange};
 
 /// What a session's last change made of it.
 #[derive(Debug, Clone)]
@@ -29,6 +29,8 @@ pub(super) struct Copy {
     pub(super) bare: bool,
     /// Instances of what was before, kept until the head is committed everywhere.
     pub(super) extra: Vec<InstanceId>,
+    /// The message of the present primary that made it so, by its number; 0 where that was another's.
+    pub(super) heard: u64,
 }
 
 impl Copy {
@@ -38,7 +40,7 @@ impl Copy {
             manifest.state == State::Warm && manifest.parts.iter().any(|part| part.length.0 > 0)
         };
         let bare = matches!(&head, Head::Live(manifest) if bytes(manifest));
-        Self { head, holding: false, bare, extra: Vec::new() }
+        Self { head, holding: false, bare, extra: Vec::new(), heard: 0 }
     }
 
     pub(super) fn stamp(&self) -> Stamp {
@@ -67,9 +69,22 @@ impl Copy {
 #[derive(Debug, Default)]
 pub(super) struct Follower {
     pub(super) copies: BTreeMap<SessionKey, Copy>,
+    /// The last message of the present primary that took a session away, by its number.
+    pub(super) dropped: u64,
 }
 
 impl Follower {
+    /// Whether the primary said something later of this session, or may have.
+    fn is_late(&self, key: &SessionKey, sent: u64) -> bool {
+        sent < self.copies.get(key).map_or(self.dropped, |copy| copy.heard)
+    }
+
+    /// Another primary counts its messages anew.
+    pub(super) fn listen_anew(&mut self) {
+        self.dropped = 0;
+        self.copies.values_mut().for_each(|copy| copy.heard = 0);
+    }
+
     pub(super) fn head(&self, key: &SessionKey) -> Option<Stamp> {
         self.copies.get(key).map(Copy::stamp)
     }
@@ -99,16 +114,17 @@ impl Follower {
 
 impl Replica {
     /// Takes what the primary says.
-    pub(super) fn told(&mut self, from: Member, message: Message, out: &mut Vec<ReplicaCommand>) {
+    pub(super) fn told(&mut self, from: Member, sent: u64, message: Message, out: &mut Vec<ReplicaCommand>) {
         match message {
-            Message::Prepare(prepare) => self.prepare(from, *prepare, out),
-            Message::Install(install) => self.install(from, *install, out),
-            Message::Compare(compare) => self.compare(from, compare, out),
+            Message::Prepare(prepare) => self.prepare(from, sent, *prepare, out),
+            Message::Install(install) => self.install(from, sent, *install, out),
+            Message::Compare(compare) => self.compare(from, sent, compare, out),
             Message::Confirm { round } => self.say(&from, Message::Confirmed { round }, out),
             Message::Committed(heads) => {
-                for (key, stamp) in heads {
-                    self.settle(&key, |head| head == stamp, out);
+                for (key, stamp) in &heads {
+                    self.settle(key, |head| head == *stamp, out);
                 }
+                self.say(&from, Message::Noted { heads, before: None }, out);
             }
             Message::Settled { before } => {
                 let Part::Follower(follower) = &self.part else { return };
@@ -116,12 +132,14 @@ impl Replica {
                 for key in keys {
                     self.settle(&key, |head| head.generation < before, out);
                 }
+                self.say(&from, Message::Noted { heads: Vec::new(), before: Some(before) }, out);
             }
             Message::Prepared { .. }
             | Message::NeedWhole { .. }
             | Message::Compared { .. }
             | Message::Installed { .. }
             | Message::Confirmed { .. }
+            | Message::Noted { .. }
             | Message::Stale
             | Message::Evict { .. } => {}
         }
@@ -148,13 +166,16 @@ impl Replica {
         follower.copies.get(key).is_none_or(|copy| copy.holding || !copy.names(&self.settings.member))
     }
 
-    fn prepare(&mut self, from: Member, prepare: Prepare, out: &mut Vec<ReplicaCommand>) {
+    fn prepare(&mut self, from: Member, sent: u64, prepare: Prepare, out: &mut Vec<ReplicaCommand>) {
         let Prepare { key, previous, stamp, record } = prepare;
         let Part::Follower(follower) = &self.part else { return };
+        if follower.is_late(&key, sent) {
+            return;
+        }
         let copy = follower.copies.get(&key);
         if let Record::Forget(_) = &record {
             if copy.is_some_and(|copy| matches!(copy.head, Head::Ended(_))) {
-                self.replace(&key, None, false, out);
+                self.replace(&key, None, sent, false, out);
                 self.save(vec![key], vec![record], Then::Nothing, out);
             }
             return;
@@ -182,7 +203,7 @@ impl Replica {
             },
             Record::Forget(_) | Record::Drop(..) => return,
         };
-        self.replace(&key, Some(next), true, out);
+        self.replace(&key, Some(next), sent, true, out);
         let holding = self.holds(&key);
         let answer = Message::Prepared { key: key.clone(), stamp, holding };
         self.save(vec![key], vec![record], Then::Say(from, answer), out);
@@ -198,9 +219,12 @@ impl Replica {
         }
     }
 
-    fn install(&mut self, from: Member, install: Install, out: &mut Vec<ReplicaCommand>) {
+    fn install(&mut self, from: Member, sent: u64, install: Install, out: &mut Vec<ReplicaCommand>) {
         let Install { key, content } = install;
         let head = content.head();
+        if self.follower().is_none_or(|follower| follower.is_late(&key, sent)) {
+            return;
+        }
         if self.head(&key) == head && !self.saving.contains_key(&key) {
             if let Content::Live(manifest, _) = content
                 && let Some(copy) = self.follower().and_then(|follower| follower.copies.get_mut(&key))
@@ -239,19 +263,22 @@ impl Replica {
             }
             Content::Absent => None,
         };
-        self.replace(&key, next, false, out);
+        self.replace(&key, next, sent, false, out);
         let holding = self.holds(&key);
         let answer = Message::Installed { key: key.clone(), head, holding };
         self.save(vec![key], records, Then::Say(from, answer), out);
     }
 
-    fn compare(&mut self, from: Member, compare: Compare, out: &mut Vec<ReplicaCommand>) {
+    fn compare(&mut self, from: Member, sent: u64, compare: Compare, out: &mut Vec<ReplicaCommand>) {
         let Compare { id, span, heads } = compare;
         let Part::Follower(follower) = &self.part else { return };
         let listed: HashSet<_> = heads.iter().map(|(key, _)| key).collect();
-        let extra: Vec<_> = follower.within(&span).into_iter().filter(|key| !listed.contains(key)).collect();
+        // What came after the question was asked is not what it is about.
+        let asked = |key: &SessionKey| follower.copies.get(key).is_none_or(|copy| copy.heard <= sent);
+        let extra = follower.within(&span).into_iter().filter(|key| !listed.contains(key) && asked(key));
+        let extra: Vec<_> = extra.collect();
         let (mut differing, mut lacking) = (Vec::new(), Vec::new());
-        for (key, stamp) in &heads {
+        for (key, stamp) in heads.iter().filter(|(key, _)| asked(key)) {
             // What is not on disk yet may never be: it is sent again.
             let same = follower.copies.get(key).is_some_and(|copy| copy.stamp() == *stamp && !copy.bare);
             if !same || self.saving.contains_key(key) {
@@ -269,7 +296,7 @@ impl Replica {
             }
         }
         for key in &extra {
-            self.replace(key, None, false, out);
+            self.replace(key, None, sent, false, out);
         }
         let answer = Message::Compared { id, differing, lacking };
         if records.is_empty() {
@@ -285,6 +312,7 @@ impl Replica {
         &mut self,
         key: &SessionKey,
         next: Option<Head>,
+        sent: u64,
         settled: bool,
         out: &mut Vec<ReplicaCommand>,
     ) {
@@ -296,14 +324,51 @@ impl Replica {
             }
             had.extend(old.held());
         }
+        if next.is_none() {
+            follower.dropped = follower.dropped.max(sent);
+        }
         match next {
             None if had.is_empty() => {}
             None => out.push(release(had)),
             Some(head) => {
-                follower.copies.insert(key.clone(), Copy { head, holding: false, bare: false, extra: had });
+                let copy = Copy { head, holding: false, bare: false, extra: had, heard: sent };
+                follower.copies.insert(key.clone(), copy);
                 self.complete(key, out);
             }
         }
+        self.reside(key, out);
+    }
+
+    /// Tells the pinned tier what the copy is to it now.
+    fn reside(&self, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let Part::Follower(follower) = &self.part else { return };
+        let copy = follower.copies.get(key);
+        let live = copy.and_then(|copy| match &copy.head {
+            Head::Live(manifest) => Some((manifest, copy.holding)),
+            Head::Ended(_) => None,
+        });
+        let never = keepwarm_types::Timestamp(0);
+        let residence = match live {
+            Some((manifest, holding)) => Residence {
+                key: key.clone(),
+                birth: manifest.birth,
+                bytes: if holding { manifest.stored_bytes() } else { Bytes::ZERO },
+                protected_until: manifest.protect.until(manifest.last_used_at),
+                expires_at: manifest.expires_at(manifest.last_used_at),
+                leased: false,
+                last_used_at: manifest.last_used_at,
+            },
+            None => Residence {
+                key: key.clone(),
+                birth: Birth::from_random(0),
+                bytes: Bytes::ZERO,
+                protected_until: never,
+                expires_at: never,
+                leased: false,
+                last_used_at: never,
+            },
+        };
+        out.push(ReplicaCommand::Shard(Command::Reside(residence)));
     }
 
     /// Takes the bytes of a head that should be here and are: from what was here before, from what came, from what
@@ -333,6 +398,13 @@ impl Replica {
             shared.push(instance);
         }
         let named: HashSet<_> = manifest.instances().map(|block| block.instance).collect();
+        // One name is enough for what came though it was here.
+        let came = manifest.instances().map(|block| block.instance);
+        let twice = came.filter(|instance| had.contains(instance) && self.inbox.contains_key(instance));
+        let twice: Vec<_> = twice.collect();
+        if !twice.is_empty() {
+            out.push(release(twice));
+        }
         self.inbox.retain(|instance, _| !named.contains(instance));
         if !shared.is_empty() {
             out.push(retain(shared));
@@ -341,18 +413,24 @@ impl Replica {
             copy.holding = true;
             copy.extra.retain(|instance| !named.contains(instance));
         }
+        self.reside(key, out);
     }
 
     /// Out of the set: the manifests stay for a return, the bytes count for nothing and go.
     pub(super) fn let_go(&mut self, out: &mut Vec<ReplicaCommand>) {
         let mut gone: Vec<_> = std::mem::take(&mut self.inbox).into_keys().collect();
+        let mut left = Vec::new();
         if let Some(follower) = self.follower() {
-            for copy in follower.copies.values_mut() {
+            for (key, copy) in &mut follower.copies {
+                if copy.holding {
+                    left.push(key.clone());
+                }
                 gone.extend(copy.held());
                 copy.holding = false;
                 copy.extra = Vec::new();
             }
         }
+        left.iter().for_each(|key| self.reside(key, out));
         if !gone.is_empty() {
             out.push(release(gone));
         }

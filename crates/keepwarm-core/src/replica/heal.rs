@@ -1,11 +1,11 @@
 //! Who holds a session's bytes, and who should: fetching what is not here, copying where copies are too few.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, SessionKey, Timestamp};
+use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, Millis, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, CopyId, ReplicaCommand};
-use super::office::Own;
 use super::state::{Part, Replica, release};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State};
@@ -13,6 +13,27 @@ use crate::shard::{Refusal, Ticket, Verb};
 
 /// Sessions that are copied or fetched at once, beside the changes' own bytes: the foreground goes first.
 const HEALING_MAX: usize = 8;
+
+/// How long after a holder could not take a session's bytes it, or another, is asked again.
+const AGAIN: Millis = Millis(1000);
+
+/// A session that needs healing.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sick {
+    /// Not before.
+    at: Timestamp,
+    /// How often it did not work: each time the next of those who could is asked.
+    failed: usize,
+}
+
+/// A member that has the bytes of an earlier state of a session that is written too often to be healed at rest: the
+/// session's next change takes it as a holder, with what it lacks.
+#[derive(Debug)]
+pub(super) struct CaughtUp {
+    pub(super) member: Member,
+    pub(super) has: HashSet<InstanceId>,
+    at: Timestamp,
+}
 
 /// What bytes on their way are for.
 #[derive(Debug)]
@@ -22,7 +43,7 @@ pub(super) enum CopyFor {
     /// All blocks of a change, for a holder that lacks them.
     Again { ticket: Ticket, to: Member },
     /// All blocks of a session that has too few holders.
-    Heal { key: SessionKey, met: Stamp, to: Member },
+    Heal { key: SessionKey, met: Stamp, to: Member, blocks: Vec<InstanceId> },
     /// All blocks of a session whose primary has none.
     Fetch { key: SessionKey, met: Stamp, from: Member, blocks: Vec<InstanceId> },
 }
@@ -53,7 +74,7 @@ impl Replica {
         let sick = office.shard.committed(key).is_some_and(|manifest| self.too_few(manifest));
         let Part::Primary(office) = &mut self.part else { return };
         if sick {
-            office.sick.insert(key.clone());
+            office.sick.entry(key.clone()).or_default();
         } else if !changed {
             office.sick.remove(key);
         }
@@ -101,9 +122,24 @@ impl Replica {
     pub(super) fn heal(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &self.part else { return };
         let under_way = office.copying.values().filter(|copy| copy.heals().is_some()).count();
-        let keys: Vec<_> = office.sick.iter().take(HEALING_MAX.saturating_sub(under_way)).cloned().collect();
+        let due = office.sick.iter().filter(|(_, sick)| sick.at <= now).map(|(key, _)| key.clone());
+        let keys: Vec<_> = due.take(HEALING_MAX.saturating_sub(under_way)).collect();
         for key in keys {
             self.heal_one(now, &key, out);
+        }
+    }
+
+    /// A session that is written all the time is looked at between two changes, where it may be healed.
+    pub(super) fn heal_between_changes(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
+        let Part::Primary(office) = &self.part else { return };
+        let under_way = office.copying.values().filter(|copy| copy.heals().is_some()).count();
+        if under_way < HEALING_MAX && office.sick.get(key).is_some_and(|sick| sick.at <= now) {
+            self.heal_one(now, key, out);
         }
     }
 
@@ -113,7 +149,9 @@ impl Replica {
         let wanted = self.settings.replication.min(self.set.replicas.len());
         let Part::Primary(office) = &mut self.part else { return };
         let under_way = office.copying.values().any(|copy| copy.heals() == Some(key));
-        if under_way || office.shard.changing(key) {
+        // A transcript that is not on disk yet would be missed by a change that keeps it.
+        let caught_up = office.caught_up.get(key).is_some_and(|caught_up| now.since(caught_up.at) < AGAIN);
+        if under_way || caught_up || office.shard.changing(key) || self.saving.contains_key(key) {
             return;
         }
         let manifest = match office.shard.committed(key) {
@@ -128,7 +166,7 @@ impl Replica {
         let (birth, met) = (manifest.birth, manifest.stamp);
         if manifest.holders.is_empty() {
             let cold = Verb::GoCold { birth, reason: ColdReason::HoldersLost, force: true };
-            self.ask_shard(now, key.clone(), cold, Own::Other, out);
+            self.ask_shard(now, key.clone(), cold, out);
             return;
         }
         let blocks: Vec<_> = manifest.instances().copied().collect();
@@ -142,14 +180,20 @@ impl Replica {
             out.push(ReplicaCommand::Fetch { id, from, key: key.clone(), birth, blocks });
             return;
         }
-        let target = self.set.replicas.iter().find(|replica| !manifest.holders.contains(replica));
-        match target {
+        let failed = office.sick.get(key).map_or(0, |sick| sick.failed);
+        let free = self.set.replicas.iter().filter(|replica| !manifest.holders.contains(replica));
+        let free: Vec<_> = free.collect();
+        match free.get(failed % free.len().max(1)) {
             Some(to) if manifest.holders.len() < wanted => {
-                office.copying.insert(id, CopyFor::Heal { key: key.clone(), met, to: to.clone() });
-                let to = to.clone();
+                let instances = blocks.iter().map(|block| block.instance).collect();
+                let heal = CopyFor::Heal { key: key.clone(), met, to: Member::clone(to), blocks: instances };
+                office.copying.insert(id, heal);
+                let to = Member::clone(to);
                 out.push(ReplicaCommand::Copy { id, to, key: key.clone(), birth, blocks });
             }
-            _ => drop(office.sick.remove(key)),
+            _ => {
+                office.sick.remove(key);
+            }
         }
     }
 
@@ -161,6 +205,12 @@ impl Replica {
         result: Result<(), CopyFailed>,
         out: &mut Vec<ReplicaCommand>,
     ) {
+        if let Some(blocks) = self.unwanted.remove(&id) {
+            if result.is_ok() {
+                out.push(release(blocks));
+            }
+            return;
+        }
         let Part::Primary(office) = &mut self.part else { return };
         match office.copying.remove(&id) {
             Some(CopyFor::Change { ticket, to }) => self.copied_for_change(now, id, ticket, to, result, out),
@@ -169,32 +219,42 @@ impl Replica {
             }
             // The change is sent to it again in time, and its answer says again what it lacks.
             Some(CopyFor::Again { .. }) => {}
-            Some(CopyFor::Heal { key, met, to }) => match result {
-                Ok(()) => self.place_with(now, &key, met, to, Own::Other, out),
+            Some(CopyFor::Heal { key, met, to, blocks }) => match result {
+                Ok(()) if office.committed_head(&key) == Some(met) && !office.shard.changing(&key) => {
+                    self.place_with(now, &key, met, to, Vec::new(), out);
+                }
+                Ok(()) => {
+                    let has = blocks.into_iter().collect();
+                    office.caught_up.insert(key, CaughtUp { member: to, has, at: now });
+                }
                 // Somebody else may have room, or it may have some later.
-                Err(_) => self.turn_to_the_next(&key),
+                Err(_) => self.turn_to_the_next(now, &key),
             },
             Some(CopyFor::Fetch { key, met, from, blocks }) => match result {
                 Ok(()) => {
                     let me = self.settings.member.clone();
-                    self.place_with(now, &key, met, me, Own::Fetched(blocks), out);
+                    self.place_with(now, &key, met, me, blocks, out);
                 }
                 Err(CopyFailed::Gone) => {
                     self.lacks(&from, &key);
                     self.heal_one(now, &key, out);
                 }
-                Err(CopyFailed::NoRoom) => self.refuse_unfetched(&key, out),
+                Err(CopyFailed::NoRoom) => {
+                    self.turn_to_the_next(now, &key);
+                    self.refuse_unfetched(&key, out);
+                }
                 Err(CopyFailed::Unreachable) => {}
             },
             None => {}
         }
     }
 
-    /// Sick sessions are looked at in their order: one that cannot be healed now goes behind the others by being
-    /// looked at again with the next change of the set or of itself.
-    fn turn_to_the_next(&mut self, key: &SessionKey) {
+    /// A session that cannot be healed now lets the others go first.
+    fn turn_to_the_next(&mut self, now: Timestamp, key: &SessionKey) {
         let Part::Primary(office) = &mut self.part else { return };
-        office.sick.remove(key);
+        if let Some(sick) = office.sick.get_mut(key) {
+            (sick.at, sick.failed) = (now + AGAIN, sick.failed + 1);
+        }
     }
 
     fn refuse_unfetched(&mut self, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
@@ -206,42 +266,34 @@ impl Replica {
         }
     }
 
-    /// Commits that one more member holds the bytes of exactly this state.
+    /// Commits that one more member holds the bytes of exactly this state, and nobody whom it would be one too many.
+    /// `brought` came for that, with a name each.
     fn place_with(
         &mut self,
         now: Timestamp,
         key: &SessionKey,
         met: Stamp,
         member: Member,
-        own: Own,
+        brought: Vec<InstanceId>,
         out: &mut Vec<ReplicaCommand>,
     ) {
+        let wanted = self.settings.replication.min(self.set.replicas.len());
+        let me = &self.settings.member;
         let Part::Primary(office) = &mut self.part else { return };
         let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
-        let Some(manifest) = manifest.filter(|_| !office.shard.changing(key)) else {
-            if let Own::Fetched(instances) = own {
-                out.push(release(instances));
+        let Some(manifest) =
+            manifest.filter(|_| !office.shard.changing(key) && !self.saving.contains_key(key))
+        else {
+            if !brought.is_empty() {
+                out.push(release(brought));
             }
             return;
         };
-        let holders = manifest.holders.iter().chain([&member]).cloned().collect();
-        let place = Verb::Place { birth: manifest.birth, met, holders };
-        self.ask_shard(now, key.clone(), place, own, out);
-    }
-
-    /// An own request is answered.
-    pub(super) fn own_answered(
-        &mut self,
-        id: crate::shard::RequestId,
-        done: bool,
-        out: &mut Vec<ReplicaCommand>,
-    ) {
-        let Part::Primary(office) = &mut self.part else { return };
-        if let Some(Own::Fetched(instances)) = office.own.remove(&id)
-            && !done
-        {
-            out.push(release(instances));
-        }
+        let (mine, others): (Vec<_>, Vec<_>) =
+            manifest.holders.iter().filter(|holder| **holder != member).partition(|holder| *holder == me);
+        let holders = mine.into_iter().chain([&member]).chain(others).take(wanted).cloned().collect();
+        let place = Verb::Place { birth: manifest.birth, met, holders, brought };
+        self.ask_shard(now, key.clone(), place, out);
     }
 
     /// Requests whose session's bytes have come go on.
@@ -272,7 +324,10 @@ impl Replica {
         birth: Birth,
         out: &mut Vec<ReplicaCommand>,
     ) {
+        if self.saving.contains_key(key) {
+            return;
+        }
         let cold = Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };
-        self.ask_shard(now, key.clone(), cold, Own::Other, out);
+        self.ask_shard(now, key.clone(), cold, out);
     }
 }

@@ -19,6 +19,9 @@ pub struct Envelope {
     pub to: Member,
     /// The sender's set; a later one than the receiver's is taken up.
     pub set: Arc<ReplicaSet>,
+    /// +1 for each message of the sending replica: what it said of a session before its last word on it that was
+    /// heard is late, and not taken.
+    pub sent: u64,
     /// What is said.
     pub message: Message,
 }
@@ -28,12 +31,19 @@ pub struct Envelope {
 pub enum Message {
     /// Take this change.
     Prepare(Box<Prepare>),
-    /// All have these changes: what only earlier ones named may go.
+    /// All have these changes: what only earlier ones named may go. Repeated until it is noted.
     Committed(Vec<(SessionKey, Stamp)>),
-    /// All heads of earlier offices are settled: what only their predecessors named may go.
+    /// All heads of earlier offices are settled: what only their predecessors named may go. Repeated until it is noted.
     Settled {
         /// The generation in which this office began.
         before: Generation,
+    },
+    /// These commits, or that, were heard.
+    Noted {
+        /// Of `Committed`.
+        heads: Vec<(SessionKey, Stamp)>,
+        /// Of `Settled`.
+        before: Option<Generation>,
     },
     /// Say which of these heads you do not have; drop what is in the span and not among them.
     Compare(Compare),

@@ -34,4 +34,7 @@ mod sweep;
 
 pub use event::{CopyFailed, CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 pub use message::{Compare, Content, Envelope, Install, Message, Prepare, Span};
-pub use state::{RESEND, Replica, Role, WRITE_DEADLINE};
+pub use state::{RESEND, Replica, Role};
+
+#[cfg(test)]
+mod tests;

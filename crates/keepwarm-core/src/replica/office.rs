@@ -9,12 +9,12 @@ use super::change::Changing;
 use super::confirm::Rounds;
 use super::event::{CopyId, ReplicaCommand};
 use super::follower::{Copy, Follower, Head};
-use super::heal::CopyFor;
+use super::heal::{CaughtUp, CopyFor, Sick};
 use super::state::{Part, Replica, release};
 use super::sweep::{Asked, Peer};
 use crate::registry::{Member, ReplicaSet};
 use crate::session::Stamp;
-use crate::shard::{Command, LeftPending, Refusal, Request, RequestId, Shard, ShardSettings, Ticket};
+use crate::shard::{Command, LeftPending, Refusal, Request, Shard, ShardSettings, Ticket};
 
 /// Requests that wait for one session to be settled or fetched.
 pub(super) const WAITING_MAX: usize = 64;
@@ -50,20 +50,13 @@ pub(super) struct Office {
     /// Bytes on their way.
     pub(super) copying: BTreeMap<CopyId, CopyFor>,
     /// Sessions with too few holders, or without bytes here.
-    pub(super) sick: BTreeSet<SessionKey>,
-    /// Own requests, and what each is for.
-    pub(super) own: BTreeMap<RequestId, Own>,
+    /// Members that have most of a busy session's bytes.
+    pub(super) caught_up: BTreeMap<SessionKey, CaughtUp>,
+    pub(super) sick: BTreeMap<SessionKey, Sick>,
+    /// Requests of the own shard so far.
     pub(super) owned: u64,
     /// When the learner's promotion was proposed.
     pub(super) proposed: Option<Timestamp>,
-}
-
-/// What a primary asks of its own shard.
-#[derive(Debug)]
-pub(super) enum Own {
-    /// These fetched instances have names that a placement was to take over.
-    Fetched(Vec<InstanceId>),
-    Other,
 }
 
 impl Office {
@@ -97,7 +90,10 @@ impl Office {
             || !self.unsettled.is_empty()
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
-            || self.peers.iter().any(|peer| peer.learner || !peer.filled() || !peer.notices.is_empty())
+            || self
+                .peers
+                .iter()
+                .any(|peer| peer.learner || !peer.filled() || !peer.settled_noted || !peer.notices.is_empty())
     }
 
     pub(super) fn validate(&self, set: &ReplicaSet) {
@@ -149,7 +145,7 @@ impl Replica {
         let sick = shard
             .sessions_after(None)
             .filter(|(_, manifest)| self.too_few(manifest))
-            .map(|(key, _)| key.clone())
+            .map(|(key, _)| (key.clone(), Sick::default()))
             .collect();
         let keys: Vec<_> = shard.sessions_after(None).map(|(key, _)| key.clone()).collect();
         self.part = Part::Primary(Office {
@@ -159,16 +155,16 @@ impl Replica {
             changes: BTreeMap::new(),
             changing: HashMap::new(),
             asked: BTreeMap::new(),
-            questions: 0,
+            questions: self.before.0,
             swept: false,
             settled: BTreeSet::new(),
             unsettled: BTreeMap::new(),
             unfetched: BTreeMap::new(),
             stale,
-            rounds: Rounds::default(),
+            rounds: Rounds::after(self.before.1),
             copying: BTreeMap::new(),
+            caught_up: BTreeMap::new(),
             sick,
-            own: BTreeMap::new(),
             owned: 0,
             proposed: None,
         });
@@ -211,10 +207,11 @@ impl Replica {
         let empty = Part::Follower(Follower::default());
         let Part::Primary(office) = std::mem::replace(&mut self.part, empty) else { return };
         let moving = || Refusal::Moving("the session's owner has changed");
+        self.before = (office.questions, office.rounds.begun);
         let mut freed = Vec::new();
-        for own in office.own.into_values() {
-            if let Own::Fetched(instances) = own {
-                freed.extend(instances);
+        for (id, copy) in office.copying {
+            if let CopyFor::Fetch { blocks, .. } = copy {
+                self.unwanted.insert(id, blocks);
             }
         }
         let waiting = office.unsettled.into_values().chain(office.unfetched.into_values());
@@ -230,7 +227,16 @@ impl Replica {
         let mut copies: BTreeMap<_, _> = graves
             .into_iter()
             .map(|(key, grave)| {
-                (key, Copy { head: Head::Ended(grave), holding: false, bare: false, extra: Vec::new() })
+                (
+                    key,
+                    Copy {
+                        head: Head::Ended(grave),
+                        holding: false,
+                        bare: false,
+                        extra: Vec::new(),
+                        heard: 0,
+                    },
+                )
             })
             .collect();
         let mut orphans = Vec::new();
@@ -277,7 +283,7 @@ impl Replica {
             }
             if let Some(head) = head {
                 let holding = matches!(&head, Head::Live(manifest) if held(manifest));
-                copies.insert(key, Copy { head, holding, bare: false, extra });
+                copies.insert(key, Copy { head, holding, bare: false, extra, heard: 0 });
             }
         }
         for (key, instances) in office.stale {
@@ -289,7 +295,7 @@ impl Replica {
         if !freed.is_empty() {
             out.push(release(freed));
         }
-        self.part = Part::Follower(Follower { copies });
+        self.part = Part::Follower(Follower { copies, dropped: 0 });
         orphans.into_iter().for_each(|ticket| self.orphan(ticket));
     }
 

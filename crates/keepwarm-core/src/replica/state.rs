@@ -3,22 +3,19 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use keepwarm_types::{ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
+use keepwarm_types::{Birth, ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
 
 use super::event::{CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 use super::follower::{Copy, Follower, Head};
 use super::message::{Envelope, Message};
 use super::office::Office;
 use crate::registry::{Member, ReplicaSet};
-use crate::session::{Manifest, Stamp};
+use crate::session::{Manifest, Protect, Stamp};
 use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone};
 
 /// How long an unanswered message waits before it is sent again: several round trips of any link, and less than a
 /// person notices.
 pub const RESEND: Millis = Millis(300);
-/// How long a client waits for a change before it is told that the outcome is unknown, and for anything else before
-/// it is refused.
-pub const WRITE_DEADLINE: Millis = Millis(5000);
 /// How long bytes that came for a change wait for it: longer than its sender keeps trying to reach the others.
 const INBOX_TTL: Millis = Millis(60_000);
 /// How often deadlines are looked at while something is unanswered.
@@ -76,6 +73,12 @@ pub struct Replica {
     retries: Vec<(Timestamp, Saving, Vec<Record>)>,
     /// Bytes that came and that no manifest names yet, until when they are kept.
     pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
+    /// Bytes that were being fetched when the office ended: they go when they are there.
+    pub(super) unwanted: BTreeMap<CopyId, Vec<InstanceId>>,
+    /// Messages sent so far.
+    sent: u64,
+    /// Questions and rounds of earlier offices: an answer to one of them is never taken for one to a later.
+    pub(super) before: (u64, u64),
 }
 
 impl Replica {
@@ -96,13 +99,16 @@ impl Replica {
         Self {
             settings,
             set: Arc::new(set),
-            part: Part::Follower(Follower { copies: live.chain(ended).collect() }),
+            part: Part::Follower(Follower { copies: live.chain(ended).collect(), dropped: 0 }),
             tickets: 0,
             copies: 0,
             local: HashMap::new(),
             saving: BTreeMap::new(),
             retries: Vec::new(),
             inbox: BTreeMap::new(),
+            unwanted: BTreeMap::new(),
+            sent: 0,
+            before: (0, 0),
         }
     }
 
@@ -145,6 +151,53 @@ impl Replica {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Live sessions as they are here, with how long their bytes are safe.
+    pub fn sessions(&self) -> impl Iterator<Item = (&SessionKey, Protect)> {
+        self.manifests().map(|manifest| (&manifest.key, manifest.protect))
+    }
+
+    fn manifests(&self) -> Box<dyn Iterator<Item = &Arc<Manifest>> + '_> {
+        match &self.part {
+            Part::Primary(office) => {
+                Box::new(office.shard.sessions_after(None).map(|(_, manifest)| manifest))
+            }
+            Part::Follower(follower) => {
+                Box::new(follower.copies.values().filter_map(|copy| match &copy.head {
+                    Head::Live(manifest) => Some(manifest),
+                    Head::Ended(_) => None,
+                }))
+            }
+        }
+    }
+
+    /// Sessions with fewer copies than they should have, as their primary knows; none for any other.
+    #[must_use]
+    pub fn under_replicated(&self) -> usize {
+        match &self.part {
+            Part::Primary(_) => self.manifests().filter(|manifest| self.too_few(manifest)).count(),
+            Part::Follower(_) => 0,
+        }
+    }
+
+    /// Sessions whose bytes are here and, for all that is known here, on no other node of the set.
+    #[must_use]
+    pub fn needed_here(&self) -> usize {
+        let me = &self.settings.member;
+        let only_here = |manifest: &&Arc<Manifest>| {
+            let others =
+                manifest.holders.iter().any(|holder| holder != me && self.set.replicas.contains(holder));
+            manifest.stored_bytes().0 > 0 && manifest.holders.contains(me) && !others
+        };
+        self.manifests().filter(only_here).count()
+    }
+
+    /// What to tell the primary when this node has no room for a session's bytes.
+    #[must_use]
+    pub fn ask_to_evict(&mut self, key: &SessionKey, birth: Birth) -> Option<Envelope> {
+        let primary = self.set.replicas.first().filter(|primary| **primary != self.settings.member)?.clone();
+        Some(self.envelope(&primary, Message::Evict { key: key.clone(), birth }))
     }
 
     /// A session's head here: its last change that may be on disk.
@@ -200,7 +253,13 @@ impl Replica {
                 self.persist_failed(now, ticket, error, records, &mut out);
             }
             ReplicaEvent::Arrived(instances) => {
-                self.inbox.extend(instances.into_iter().map(|instance| (instance, now + INBOX_TTL)));
+                let until = now + INBOX_TTL;
+                // What was there already has one name too many now.
+                let again = |instance: &InstanceId| self.inbox.insert(*instance, until).is_some();
+                let twice: Vec<_> = instances.into_iter().filter(again).collect();
+                if !twice.is_empty() {
+                    out.push(release(twice));
+                }
             }
             ReplicaEvent::Copied(id, result) => self.copied(now, id, result, &mut out),
             ReplicaEvent::RegistryConfirmed { round } => self.registry_confirmed(now, round, &mut out),
@@ -235,7 +294,13 @@ impl Replica {
             return;
         }
         let first = set.replicas.first() == Some(&self.settings.member);
+        let same = set.replicas.first() == self.set.replicas.first();
         self.set = Arc::clone(set);
+        if let Part::Follower(follower) = &mut self.part
+            && !same
+        {
+            follower.listen_anew();
+        }
         match (&self.part, first) {
             (Part::Primary(_), true) => self.keep_office(now, out),
             (Part::Primary(_), false) => self.leave_office(out),
@@ -250,7 +315,7 @@ impl Replica {
     /// Takes what another replica says, if it is meant for this process and comes from one that counts.
     //= GUARANTEES.md#G11
     fn peer(&mut self, now: Timestamp, envelope: Envelope, out: &mut Vec<ReplicaCommand>) {
-        let Envelope { from, to, set, message, .. } = envelope;
+        let Envelope { from, to, set, sent, message, .. } = envelope;
         if to != self.settings.member {
             return;
         }
@@ -269,22 +334,25 @@ impl Replica {
         match &self.part {
             Part::Primary(_) => self.answered(now, &from, message, out),
             Part::Follower(_) if self.set.replicas.first() == Some(&from) && self.role() != Role::Idle => {
-                self.told(from, message, out);
+                self.told(from, sent, message, out);
             }
             Part::Follower(_) => {}
         }
     }
 
-    pub(super) fn say(&self, to: &Member, message: Message, out: &mut Vec<ReplicaCommand>) {
-        out.push(ReplicaCommand::Send(self.envelope(to, message)));
+    pub(super) fn say(&mut self, to: &Member, message: Message, out: &mut Vec<ReplicaCommand>) {
+        let envelope = self.envelope(to, message);
+        out.push(ReplicaCommand::Send(envelope));
     }
 
-    pub(super) fn envelope(&self, to: &Member, message: Message) -> Envelope {
+    pub(super) fn envelope(&mut self, to: &Member, message: Message) -> Envelope {
+        self.sent += 1;
         Envelope {
             shard: self.settings.shard,
             from: self.settings.member.clone(),
             to: to.clone(),
             set: Arc::clone(&self.set),
+            sent: self.sent,
             message,
         }
     }
@@ -353,7 +421,7 @@ impl Replica {
     ) {
         let Some(saving) = self.local.remove(&ticket) else { return };
         if let Then::Change(change) = saving.then
-            && self.not_saved_here(now, change, error, &records, out)
+            && self.not_saved_here(now, change, error, out)
         {
             return;
         }

@@ -9,7 +9,7 @@ use keepwarm_types::{SessionKey, Timestamp};
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Span};
 use super::office::{Office, WAITING_MAX};
-use super::state::{Part, RESEND, Replica, WRITE_DEADLINE, release};
+use super::state::{Part, RESEND, Replica, release};
 use crate::registry::{Change, Member};
 use crate::session::{Stamp, TranscriptDelta};
 use crate::shard::{RETRY_AFTER, Refusal, Request};
@@ -32,8 +32,11 @@ pub(super) struct Peer {
     pub(super) installs: BTreeMap<SessionKey, Timestamp>,
     /// The last round that it confirmed.
     pub(super) confirmed: u64,
-    /// Committed heads that it was not told of yet.
-    pub(super) notices: Vec<(SessionKey, Stamp)>,
+    /// Committed heads that it did not note yet, and when it was told last.
+    pub(super) notices: BTreeMap<SessionKey, (Stamp, Option<Timestamp>)>,
+    /// Whether it noted that all heads of earlier offices are settled, and when it was told last.
+    pub(super) settled_noted: bool,
+    pub(super) settled_told: Option<Timestamp>,
 }
 
 impl Peer {
@@ -45,7 +48,9 @@ impl Peer {
             done: false,
             installs: BTreeMap::new(),
             confirmed: 0,
-            notices: Vec::new(),
+            notices: BTreeMap::new(),
+            settled_noted: false,
+            settled_told: None,
         }
     }
 
@@ -230,10 +235,22 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(peer) = office.peer(to) else { return };
         peer.installs.insert(key.clone(), now);
-        let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
-        let pending = pending.filter(|change| change.sent).and_then(|change| change.manifest().cloned());
-        let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
+        // What is sent whole may be what was before the change that is under way: that counts there no more.
+        if let Some(ticket) = office.changing.get(key)
+            && let Some(change) = office.changes.get_mut(ticket)
+        {
+            change.acked.retain(|member| member != to);
+            change.given |= change.sent;
+        }
         let whole = |content| Message::Install(Box::new(Install { key: key.clone(), content }));
+        let pending = office.changing.get(key).and_then(|ticket| office.changes.get(ticket));
+        let pending = pending.filter(|change| change.sent);
+        if let Some(grave) = pending.and_then(|change| change.record.grave()) {
+            // The catalog may not have what was before any more.
+            return self.say(to, whole(Content::Ended(grave)), out);
+        }
+        let pending = pending.and_then(|change| change.manifest().cloned());
+        let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
         match candidates.first() {
             None => {
                 let content = office.shard.grave(key).map_or(Content::Absent, |grave| Content::Ended(*grave));
@@ -275,7 +292,7 @@ impl Replica {
             Some(ticket) => self.send_change(now, ticket, Some(from), out),
             None if head == committed => {
                 if let Some(head) = head {
-                    peer.notices.push((key.clone(), head));
+                    peer.notices.insert(key.clone(), (head, None));
                 }
                 if !holding {
                     self.lacks(from, key);
@@ -290,21 +307,17 @@ impl Replica {
 
     /// Takes up whatever waited for what has been settled since.
     pub(super) fn touched(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
-        let saving = &self.saving;
         let Part::Primary(office) = &mut self.part else { return };
         if !office.swept && office.secondaries().all(Peer::filled) {
             office.swept = true;
             office.settled.clear();
-            let peers: Vec<_> = office.peers.iter().map(|peer| peer.member.clone()).collect();
             let stale: Vec<_> = std::mem::take(&mut office.stale).into_values().flatten().collect();
             if !stale.is_empty() {
                 out.push(release(stale));
             }
-            let before = office.began;
-            for peer in peers {
-                self.say(&peer, Message::Settled { before }, out);
-            }
         }
+        self.tell_settled(now, out);
+        let saving = &self.saving;
         let Part::Primary(office) = &mut self.part else { return };
         let ready: Vec<_> = office
             .unsettled
@@ -320,6 +333,25 @@ impl Replica {
             }
         }
         self.promote_learner(now, out);
+    }
+
+    /// Tells who has all heads that those of earlier offices are settled, until it says that it heard.
+    fn tell_settled(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let Part::Primary(office) = &mut self.part else { return };
+        if !office.swept {
+            return;
+        }
+        let before = office.began;
+        let mut to = Vec::new();
+        for peer in office.peers.iter_mut().filter(|peer| peer.filled() && !peer.settled_noted) {
+            if peer.settled_told.is_none_or(|at| now.since(at) >= RESEND) {
+                peer.settled_told = Some(now);
+                to.push(peer.member.clone());
+            }
+        }
+        for peer in to {
+            self.say(&peer, Message::Settled { before }, out);
+        }
     }
 
     /// A learner that has every manifest becomes a replica; it had to have each change since it came.
@@ -378,8 +410,9 @@ impl Replica {
 
     /// Whoever waited too long for a session to be settled or fetched is refused.
     pub(super) fn give_up_waiting(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let deadline = self.settings.write_deadline;
         let Part::Primary(office) = &mut self.part else { return };
-        let late = |since: Timestamp| now.since(since) >= WRITE_DEADLINE;
+        let late = |since: Timestamp| now.since(since) >= deadline;
         let unsettled = office.unsettled.extract_if(.., |_, (since, _)| late(*since));
         let why = "its copies did not answer";
         let mut refused: Vec<_> =

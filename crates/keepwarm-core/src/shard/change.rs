@@ -102,7 +102,7 @@ impl Shard {
     fn ended(&mut self, now: Timestamp, key: &SessionKey, pending: Pending, out: &mut Vec<Command>) {
         let Some(entry) = self.sessions.remove(key) else { return };
         let Some(manifest) = entry.manifest else { return };
-        let After::Ended(end, stamp) = pending.after else { return };
+        let After::Ended(end, stamp, at) = pending.after else { return };
         let bytes = manifest.stored_bytes();
         let birth = manifest.birth;
         out.push(Command::Release(pending.released));
@@ -122,7 +122,8 @@ impl Shard {
             super::state::Tombstone {
                 birth,
                 revision: manifest.revision,
-                at: now,
+                // As it was written down, so that whoever has this stamp has the same.
+                at,
                 expired: end == End::Expired,
                 stamp,
             },
@@ -166,7 +167,7 @@ impl Shard {
                 };
                 out.push(Command::Reply(request, Err(refusal)));
             }
-            if matches!(pending.after, After::Ended(End::Expired, _)) {
+            if matches!(pending.after, After::Ended(End::Expired, ..)) {
                 self.set_timer(now + RETRY, Timer::Session(key.clone()));
             }
             self.resume(now, &key, out);

@@ -88,8 +88,8 @@ pub(super) enum After {
     Session { new: bool, clipped: bool },
     /// Answer with the revision; the part's length.
     Written { length: Bytes },
-    /// Answer with the end, whose name this is.
-    Ended(End, Stamp),
+    /// Answer with the end, whose name this is, and when it was.
+    Ended(End, Stamp, Timestamp),
     /// Answer that it is done; caches must let go.
     Cold,
     /// Nobody asked.

@@ -274,6 +274,8 @@ pub enum Verb {
         met: Stamp,
         /// Who has all of its bytes.
         holders: Arc<[Member]>,
+        /// Instances that were fetched for this, with one name each: the manifest's once it is committed.
+        brought: Vec<InstanceId>,
     },
     /// End the session.
     Delete,

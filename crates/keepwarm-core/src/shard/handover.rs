@@ -11,7 +11,6 @@ use super::entry::{After, Entry};
 use super::event::RequestId;
 use super::refusal::Refusal;
 use super::state::{Handled, Shard, ShardSettings, Timer, Tombstone};
-use super::view::Answer;
 use super::write::mismatch;
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State};
@@ -163,17 +162,22 @@ impl Shard {
         &mut self,
         id: RequestId,
         key: &SessionKey,
-        birth: Birth,
-        met: Stamp,
+        met: (Birth, Stamp),
         holders: &Arc<[Member]>,
+        brought: Vec<InstanceId>,
         out: &mut Vec<Command>,
     ) -> Handled {
-        let manifest = Arc::clone(self.live(key)?.manifest()?);
-        if manifest.birth != birth || manifest.stamp != met {
-            return Err(mismatch(&manifest));
+        let manifest = self.live(key).and_then(Entry::manifest).map(Arc::clone);
+        let fits = |manifest: &Arc<Manifest>| {
+            let bytes = manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO;
+            bytes && (manifest.birth, manifest.stamp) == met
+        };
+        if !manifest.as_ref().is_ok_and(fits) && !brought.is_empty() {
+            out.push(Command::Release(brought.clone()));
         }
-        if manifest.state != State::Warm || manifest.stored_bytes() == Bytes::ZERO {
-            return Ok(Some(Answer::Done));
+        let manifest = manifest?;
+        if !fits(&manifest) {
+            return Err(mismatch(&manifest));
         }
         let mut next = Manifest::clone(&manifest);
         next.holders = Arc::clone(holders);
@@ -183,7 +187,7 @@ impl Shard {
             next: Arc::new(next),
             transcript: TranscriptChange::Keep,
             released: Vec::new(),
-            undo: Vec::new(),
+            undo: brought,
             after: After::Quiet,
         };
         self.prepare(key, change, out);

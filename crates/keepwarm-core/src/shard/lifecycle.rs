@@ -390,7 +390,7 @@ impl Shard {
             next: None,
             released,
             undo: staged,
-            after: After::Ended(end, stamp),
+            after: After::Ended(end, stamp, now),
             in_doubt: None,
         };
         self.persist(key, pending, vec![record], out);

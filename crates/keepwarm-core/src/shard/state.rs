@@ -247,7 +247,9 @@ impl Shard {
             Verb::Truncate { cut, precondition } => self.truncate(now, id, key, cut, precondition, out),
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
-            Verb::Place { birth, met, holders } => self.place(id, key, birth, met, &holders, out),
+            Verb::Place { birth, met, holders, brought } => {
+                self.place(id, key, (birth, met), &holders, brought, out)
+            }
             Verb::Delete => self.delete(now, Some(id), key, End::Deleted, out).map(|()| None),
             Verb::Abandon => self.delete(now, Some(id), key, End::Abandoned, out).map(|()| None),
         }

@@ -162,6 +162,6 @@ pub struct Deleted {
     pub birth: Birth,
     /// Its last revision.
     pub revision: Revision,
-    /// Bytes that it named and that are given back, those shared with others not counted.
+    /// Bytes that it named; others may name some of them too.
     pub bytes: Bytes,
 }

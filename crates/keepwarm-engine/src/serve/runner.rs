@@ -48,6 +48,8 @@ pub(super) struct Outcome {
     pub(super) completion_tokens: usize,
     /// The whole answer.
     pub(super) text: String,
+    /// Its end, where the reader was behind.
+    pub(super) unsent: String,
     pub(super) reason: FinishReason,
     pub(super) ttft: Duration,
     /// The reader has gone.
@@ -247,22 +249,19 @@ impl Sequence {
             let held = if stopped { String::new() } else { self.job.stop.finish() };
             self.say(&(sure + &held));
         }
-        let (tokens, unsent) = (self.job.tokens, std::mem::take(&mut self.unsent));
+        let tokens = self.job.tokens;
         let outcome = Outcome {
             state: self.job.state,
             completion_tokens: tokens.len() - self.prompt,
             tokens,
             fed: self.fed,
             text: self.text,
+            unsent: self.unsent,
             reason: self.end.unwrap_or(FinishReason::Stop),
             ttft: self.ttft.unwrap_or_else(|| self.job.arrived.elapsed()),
             abandoned: self.abandoned,
             failed: self.failed,
         };
-        if !unsent.is_empty() {
-            // The turn's task sends what is left before its last event.
-            let _ = self.job.events.try_send(ChatEvent::Text(unsent));
-        }
         let _ = self.job.done.send(outcome);
     }
 }

@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use super::Service;
 use crate::chat::{
-    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, Finished, Prompt, SessionRef, Started,
+    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, EVENTS_AHEAD, Finished, Prompt, SessionRef,
+    Started,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -117,6 +118,14 @@ async fn evicted_or_killed_a_conversation_goes_on_with_the_same_tokens() {
     .await;
     assert_eq!(tokens, expected, "evicted from HBM");
     evicted.node.shutdown(DEADLINE).await;
+    let (damaged, tokens) = conversation(bench(None, 8 << 20).await, async |bench| {
+        bench.handle.demote(&key(1), Tier::Pinned).await.unwrap();
+        bench.handle.flip_pinned_bit(&key(1)).await.unwrap();
+        bench
+    })
+    .await;
+    assert_eq!(tokens, expected, "its pinned bytes damaged");
+    damaged.node.shutdown(DEADLINE).await;
     let folder = tempfile::tempdir().unwrap();
     let (restarted, tokens) = conversation(bench(Some(folder.path()), 8 << 20).await, async |old| {
         let Bench { node, handle, service } = old;
@@ -249,5 +258,111 @@ async fn a_repeated_key_gets_the_same_turn_and_bad_calls_say_why() {
     assert!(matches!(answer(&bench.service, unknown).await, Err(ChatError::UnknownModel { .. })));
     let long = request(None, &[message("user", &"x".repeat(9000))]);
     assert!(matches!(answer(&bench.service, long).await, Err(ChatError::TooLong { .. })));
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_with_one_key_at_once_make_one_turn() {
+    let bench = bench(None, 8 << 20).await;
+    let mut call = request(Some(1), &[message("user", "once")]);
+    call.idempotency_key = Some("k1".to_owned());
+    // Sampled with seeds of their own, two turns would not answer alike.
+    (call.temperature, call.seed) = (1.0, None);
+    let calls: Vec<_> = (0..6)
+        .map(|_| {
+            let (service, call) = (bench.service.clone(), call.clone());
+            tokio::spawn(async move { answer(&service, call).await.unwrap() })
+        })
+        .collect();
+    let mut answers = Vec::new();
+    for call in calls {
+        let (started, text, finished) = call.await.unwrap();
+        answers.push((started.session, text, finished.etag));
+    }
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    let (info, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
+    assert_eq!((transcript.messages.len(), info.manifest.branches.len()), (2, 0));
+    for change in [
+        |call: &mut ChatRequest| call.max_tokens = Some(11),
+        |call: &mut ChatRequest| call.temperature = 0.5,
+        |call: &mut ChatRequest| call.top_p = 0.5,
+        |call: &mut ChatRequest| call.seed = Some(4),
+        |call: &mut ChatRequest| call.stop = vec!["x".to_owned()],
+    ] {
+        let mut other = call.clone();
+        change(&mut other);
+        assert!(matches!(answer(&bench.service, other).await, Err(ChatError::InvalidField { .. })));
+    }
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_whose_first_call_went_away_is_free_for_the_next() {
+    let bench = bench(None, 8 << 20).await;
+    let mut call = request(Some(1), &[message("user", "once")]);
+    call.idempotency_key = Some("k1".to_owned());
+    let long = ChatRequest { max_tokens: Some(4000), ..call.clone() };
+    drop(bench.service.chat(long).await.unwrap());
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match answer(&bench.service, call.clone()).await {
+            Ok((_, _, finished)) => break assert!(finished.etag.is_some()),
+            // Until the first one has noticed that its reader is gone, the key stands for it.
+            Err(ChatError::InvalidField { .. }) => {
+                assert!(Instant::now() < deadline, "the key is still taken")
+            }
+            Err(error) => panic!("{error}"),
+        }
+        tokio::task::yield_now().await;
+    }
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_behind_gets_the_whole_answer() {
+    let bench = bench(None, 8 << 20).await;
+    let call = ChatRequest { max_tokens: Some(300), ..request(Some(1), &[message("user", "at length")]) };
+    let mut events = bench.service.chat(call).await.unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    let said = loop {
+        let (_, transcript) = bench.handle.transcript(&key(1)).await.unwrap();
+        if let Some(message) = transcript.messages.get(1) {
+            break message.content.clone();
+        }
+        assert!(Instant::now() < deadline, "the turn was not committed");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let (mut text, mut pieces) = (String::new(), 0);
+    loop {
+        match events.recv().await.expect("the answer broke off") {
+            ChatEvent::Started(_) => {}
+            ChatEvent::Text(piece) => {
+                text.push_str(&piece);
+                pieces += 1;
+            }
+            ChatEvent::Finished(_) => break,
+            ChatEvent::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(pieces >= EVENTS_AHEAD - 1, "the answer had no more than {pieces} pieces");
+    assert_eq!(text, said);
+    bench.node.shutdown(DEADLINE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diverging_turn_that_is_given_up_leaves_no_fork() {
+    let bench = bench(None, 8 << 20).await;
+    answer(&bench.service, request(Some(1), &[message("user", "one")])).await.unwrap();
+    let call = ChatRequest { max_tokens: Some(4000), ..request(Some(1), &[message("user", "other")]) };
+    let mut events = bench.service.chat(call).await.unwrap();
+    let Some(ChatEvent::Started(started)) = events.recv().await else { panic!("it did not start") };
+    drop(events);
+    let child = SessionKey::new(key(1).tenant, started.session.unwrap());
+    assert_ne!(child, key(1));
+    let deadline = Instant::now() + DEADLINE;
+    while bench.handle.get(&child).await.is_ok() {
+        assert!(Instant::now() < deadline, "the fork is still there");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
     bench.node.shutdown(DEADLINE).await;
 }

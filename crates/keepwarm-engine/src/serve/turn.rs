@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use super::branch::{Gates, Pass};
 use super::kv::{GpuKv, State, shape};
 use super::plan::Plan;
-use super::replay::Replays;
+use super::replay::{Call, Claim, Replay, Replays};
 use super::runner::{Job, Outcome, QUEUE_MAX, Runner};
 use crate::chat::{
     ChatBackend, ChatError, ChatEvent, ChatRequest, ChatStream, EVENTS_AHEAD, Finished, ModelInfo, Started,
@@ -83,7 +83,7 @@ pub(super) struct Inner {
     pub(super) handle: Handle,
     models: Vec<Served>,
     gates: Arc<Gates>,
-    replays: Replays,
+    replays: Arc<Replays>,
 }
 
 /// The built-in engine: models over a node's sessions.
@@ -152,8 +152,7 @@ impl Service {
             Ok(Served { info, model, layout, runner, slots, waiting: Arc::new(Semaphore::new(QUEUE_MAX)) })
         };
         let models = models.iter().map(serve).collect::<Result<_, _>>()?;
-        let inner =
-            Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Replays::default() };
+        let inner = Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Arc::default() };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -165,21 +164,10 @@ impl Service {
         let unknown = || ChatError::UnknownModel { name: request.model.clone(), known: known() };
         let at =
             inner.models.iter().position(|served| served.info.name == request.model).ok_or_else(unknown)?;
-        let other_call = |()| ChatError::InvalidField {
-            field: "Idempotency-Key".to_owned(),
-            reason: "the key was used for another call".to_owned(),
+        let claim = match inner.replays.enter(&request).await? {
+            Call::First(claim) => claim,
+            Call::Again(replay) => return Ok(again(*replay)),
         };
-        if let Some(replay) = inner.replays.find(&request).map_err(other_call)? {
-            let (send, receive) = mpsc::channel(3);
-            for event in [
-                ChatEvent::Started(replay.started),
-                ChatEvent::Text(replay.text),
-                ChatEvent::Finished(replay.finished),
-            ] {
-                let _ = send.try_send(event);
-            }
-            return Ok(receive);
-        }
         let served = &inner.models[at];
         let waiting = Arc::clone(&served.waiting)
             .try_acquire_owned()
@@ -197,6 +185,9 @@ impl Service {
         };
         let context = served.info.context;
         if tokens.len() >= context {
+            if let Some((plan, _)) = &held {
+                inner.take_back(&plan.key, plan.diverged_at).await;
+            }
             return Err(ChatError::TooLong { tokens: tokens.len(), context });
         }
         let max_new = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT).min(context - tokens.len());
@@ -247,7 +238,7 @@ impl Service {
             return Err(ChatError::Overloaded("for the model"));
         }
         let service = self.clone();
-        tokio::spawn(async move { service.end(at, request, started, held, outcome, events, slot).await });
+        tokio::spawn(async move { service.end(at, claim, started, held, outcome, events, slot).await });
         Ok(receive)
     }
 
@@ -255,7 +246,7 @@ impl Service {
     async fn end(
         self,
         at: usize,
-        request: ChatRequest,
+        claim: Option<Claim>,
         started: Started,
         held: Option<Held>,
         outcome: oneshot::Receiver<Outcome>,
@@ -263,7 +254,7 @@ impl Service {
         slot: OwnedSemaphorePermit,
     ) {
         let inner = &self.inner;
-        let Ok(outcome) = outcome.await else {
+        let Ok(mut outcome) = outcome.await else {
             inner.let_go(held).await;
             let _ = events.send(ChatEvent::Failed(ChatError::Model("its thread has ended".to_owned()))).await;
             return;
@@ -282,26 +273,45 @@ impl Service {
             return;
         }
         let uncached = held.is_some() && matches!(outcome.state, State::Heap(_));
-        let mut finished = Finished {
+        let finished = Finished {
             reason: outcome.reason,
             completion_tokens: outcome.completion_tokens,
             etag: None,
             ttft: outcome.ttft,
             uncached,
         };
-        let text = outcome.text.clone();
-        if let Some(held) = held {
-            match inner.commit(served, held, outcome).await {
-                Ok(etag) => finished.etag = Some(etag),
-                Err(error) => {
-                    let _ = events.send(ChatEvent::Failed(error.into())).await;
-                    return;
-                }
-            }
+        let (text, unsent) = (outcome.text.clone(), std::mem::take(&mut outcome.unsent));
+        let committed = match held {
+            Some(held) => inner.commit(served, held, outcome).await.map(Some),
+            None => Ok(None),
+        };
+        if let (Ok(etag), Some(claim)) = (&committed, claim) {
+            claim.keep(started, text, Finished { etag: *etag, ..finished });
         }
-        inner.replays.keep(&request, started, text, finished);
-        let _ = events.send(ChatEvent::Finished(finished)).await;
+        // A reader that is behind gets the rest too; one that goes away ends these waits.
+        if !unsent.is_empty() {
+            let _ = events.send(ChatEvent::Text(unsent)).await;
+        }
+        let last = match committed {
+            Ok(etag) => ChatEvent::Finished(Finished { etag, ..finished }),
+            Err(error) => ChatEvent::Failed(error.into()),
+        };
+        let _ = events.send(last).await;
     }
+}
+
+/// An answer that was given before, as events.
+fn again(replay: Replay) -> ChatStream {
+    // All three fit, so that none is refused.
+    let (send, receive) = mpsc::channel(3);
+    for event in [
+        ChatEvent::Started(replay.started),
+        ChatEvent::Text(replay.text),
+        ChatEvent::Finished(replay.finished),
+    ] {
+        let _ = send.try_send(event);
+    }
+    receive
 }
 
 fn seed() -> u64 {
@@ -321,12 +331,18 @@ impl Inner {
         let g = served.model.geometry();
         let heap = || State::Heap(HeapKv::new(g, plan.tokens.len() + max_new));
         let request = ActivateRequest { ttl: Some(TURN_LEASE), ..ActivateRequest::default() };
-        let (lease, gpu, manifest, blocks, source) = match self.handle.activate(&plan.key, request).await {
+        let mut activated = self.handle.activate(&plan.key, request.clone()).await;
+        if matches!(activated, Err(Error::Corrupt { .. })) {
+            // Damage on the way does not come twice; a session whose own bytes were damaged has gone cold, and
+            // its transcript makes them anew.
+            activated = self.handle.activate(&plan.key, request).await;
+        }
+        let (lease, gpu, manifest, blocks, source) = match activated {
             Ok(activation) => {
                 let blocks = activation.blocks.into_iter().next().unwrap_or_default();
                 (activation.lease.id, activation.home.gpu, activation.manifest, blocks, activation.source)
             }
-            Err(Error::NoCapacity { .. } | Error::Unavailable { .. }) => {
+            Err(Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::Corrupt { .. }) => {
                 let (grant, home) = self.handle.lease(&plan.key, TURN_LEASE).await?;
                 let held = Held { lease: grant.lease.id, gpu: home.gpu, plan, _pass: pass };
                 let state = State::Heap(HeapKv::new(g, held.plan.tokens.len() + max_new));
@@ -367,6 +383,16 @@ impl Inner {
         if let Some(held) = held {
             // A lease that ended meanwhile is given back already.
             let _ = self.handle.release(&held.plan.key, held.lease).await;
+            self.take_back(&held.plan.key, held.plan.diverged_at).await;
+        }
+    }
+
+    /// Ends the fork that a turn was to go on in, if there is one: without the turn it is a copy of nothing new.
+    async fn take_back(&self, key: &SessionKey, diverged_at: Option<Tokens>) {
+        if diverged_at.is_some()
+            && let Err(error) = self.handle.delete(key).await
+        {
+            tracing::warn!(%key, %error, "the fork of a turn that was given up stays");
         }
     }
 

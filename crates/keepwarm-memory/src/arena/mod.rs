@@ -129,8 +129,9 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn release(&self, slot: Slot, last: TenantName) {
-        self.table().release(slot, last);
+    /// `alone`: nothing is left in the slot but what this tenant wrote, and zeroes.
+    pub(crate) fn release(&self, slot: Slot, last: TenantName, alone: bool) {
+        self.table().release(slot, if alone { Past::Tenant(last) } else { Past::Mixed });
     }
 }
 

@@ -114,11 +114,11 @@ impl Table {
         (Slot { extent: id, index }, u64::from(id) * self.extent_bytes + u64::from(index) * size, past)
     }
 
-    pub(super) fn release(&mut self, slot: Slot, last: TenantName) {
+    pub(super) fn release(&mut self, slot: Slot, past: Past) {
         let extent = &mut self.extents[slot.extent as usize];
         let size = extent.size;
         extent.free.push(slot.index);
-        extent.past[slot.index as usize] = Past::Tenant(last);
+        extent.past[slot.index as usize] = past;
         extent.used -= 1;
         self.used -= size;
         self.blocks -= 1;

@@ -98,6 +98,21 @@ enum Held {
     Sealed(Block),
 }
 
+//= GUARANTEES.md#G4
+#[test]
+fn what_a_shorter_block_left_of_another_tenant_is_zeroed_before_a_longer_one_shows_it() {
+    let arena = arena(1 << 16, 1 << 15);
+    let (acme, umbrella) = (owner("acme", 1), owner("umbrella", 2));
+    let keep = arena.allocate(&acme, Bytes(128), 1).unwrap();
+    let take = |who: &Owner, size| arena.allocate(who, Bytes(size), 1).unwrap().pop().unwrap();
+    take(&acme, 128).bytes_mut().fill(0xaa);
+    // The same slot: once written in part, once shorter than the slot, then whole.
+    take(&umbrella, 128).write(0, &[0xbb; 64]).unwrap();
+    take(&umbrella, 65).bytes_mut().fill(0xbb);
+    assert!(!take(&umbrella, 128).bytes_mut().contains(&0xaa), "another tenant's bytes show");
+    drop(keep);
+}
+
 proptest! {
     /// Two tenants allocate, write, seal, clone and drop; every block keeps its own canary, and a fresh
     /// block never shows the other tenant's.

@@ -109,6 +109,9 @@ impl Actor for GpuActor {
                 let gone = state.sessions.get(&key).is_some_and(free).then(|| state.remove(&key));
                 let _ = reply.send(gone);
             }
+            GpuMsg::Guards { key, reply } => {
+                let _ = reply.send(state.blocks(&key).cloned().collect());
+            }
             GpuMsg::Resident { keys, reply } => {
                 let _ = reply.send(keys.iter().map(|key| state.bytes(key)).collect());
             }
@@ -136,9 +139,12 @@ impl GpuState {
     }
 
     fn bytes(&self, key: &SessionKey) -> Bytes {
-        let Some(warm) = self.sessions.get(key) else { return Bytes::ZERO };
-        let blocks = warm.parts.iter().flatten().filter_map(|instance| self.instances.get(instance));
-        blocks.map(|(block, _)| Bytes(block.length() as u64)).sum()
+        self.blocks(key).map(|block| Bytes(block.length() as u64)).sum()
+    }
+
+    fn blocks(&self, key: &SessionKey) -> impl Iterator<Item = &Block> {
+        let instances = self.sessions.get(key).into_iter().flat_map(|warm| warm.parts.iter().flatten());
+        instances.filter_map(|instance| self.instances.get(instance)).map(|(block, _)| block)
     }
 
     fn load(

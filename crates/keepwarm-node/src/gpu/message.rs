@@ -64,6 +64,8 @@ pub(crate) enum GpuMsg {
     Drop { key: SessionKey, birth: Birth, reply: Option<oneshot::Sender<Bytes>> },
     /// Let go of a session unless it is leased or dirty; says how many bytes that gave back, or none.
     Demote { key: SessionKey, reply: oneshot::Sender<Option<Bytes>> },
+    /// Guards of what a session has here.
+    Guards { key: SessionKey, reply: oneshot::Sender<Vec<Block>> },
     /// Bytes of these sessions here.
     Resident { keys: Vec<SessionKey>, reply: oneshot::Sender<Vec<Bytes>> },
     /// Time passed.

@@ -3,8 +3,11 @@
 use std::sync::PoisonError;
 
 use futures::future::join_all;
+use keepwarm_core::registry::ReplicaSet;
+use keepwarm_core::replica::Role;
 use keepwarm_core::shard::{Answer, Verb};
 use keepwarm_memory::DeviceState;
+use keepwarm_transport::Class;
 use keepwarm_types::{Bytes, Generation, GpuIndex, SessionKey, ShardId};
 use tokio::sync::{broadcast, oneshot};
 
@@ -16,7 +19,7 @@ use crate::error::Error;
 use crate::gpu::GpuMsg;
 use crate::pinned::PinnedMsg;
 use crate::router::{RouterMsg, gpu_index};
-use crate::shard::ShardMsg;
+use crate::shard::{ShardFigures, ShardMsg};
 
 impl Handle {
     /// Where a session's bytes are and how they came there.
@@ -101,12 +104,12 @@ impl Handle {
     pub async fn node(&self) -> Result<NodeInfo, Error> {
         let dirty = self.checkpoints_running();
         let pinned = self.pinned().await?;
-        let warm = pinned.sessions;
-        let safe_to_stop = match (dirty, warm) {
+        let needed: u64 = self.figures().await.iter().flatten().map(|figures| figures.needed).sum();
+        let safe_to_stop = match (dirty, needed) {
             (0, 0) => Ok(()),
-            (0, warm) => {
-                Err(format!("{warm} sessions have their only copy of bytes here; they would come back cold"))
-            }
+            (0, needed) => Err(format!(
+                "{needed} sessions have their only copy of bytes here; they would come back cold"
+            )),
             (dirty, _) => Err(format!("{dirty} checkpoints are under way")),
         };
         Ok(NodeInfo {
@@ -120,39 +123,70 @@ impl Handle {
         })
     }
 
-    /// The cluster: this node alone.
+    /// The cluster, as this node sees it; of other nodes, what the registry says.
     ///
     /// # Errors
     /// [`Error::Unavailable`] while the node stops.
     pub async fn cluster(&self) -> Result<ClusterInfo, Error> {
         let config = &self.inner().config;
+        let figures = self.figures().await;
+        let under_replicated_sessions =
+            figures.iter().flatten().map(|figures| figures.under_replicated).sum();
+        let (mut others, mut short, mut leader) = (Vec::new(), 0, Some(self.name().clone()));
+        if let Some(cluster) = self.cluster_link() {
+            let map = cluster.map();
+            let promised = (config.replication as usize + 1).min(config.storing().count());
+            let replicas = |shard| map.set(shard).map_or(0, |set| set.replicas.len());
+            short = map.shards().filter(|shard| replicas(*shard) < promised).count() as u64;
+            leader = cluster.registry().leader();
+            others =
+                map.nodes().iter().filter(|node| node.registration.node != *self.name()).cloned().collect();
+        }
         Ok(ClusterInfo {
             name: config.name.clone(),
-            nodes: vec![self.node().await?],
+            here: self.node().await?,
+            others,
             shards: config.shards.get(),
             replication: config.replication,
-            under_replicated_shards: 0,
-            under_replicated_sessions: 0,
+            under_replicated_shards: short,
+            under_replicated_sessions,
             spec_version: config.version,
             spec_hash: config.hash.clone(),
-            registry_leader: self.name().clone(),
+            registry_leader: leader,
         })
     }
 
-    /// The shard map; a shard that is being started again shows no sessions.
-    pub async fn shards(&self) -> Vec<ShardInfo> {
-        let counts = self.links().shards().into_iter().map(|shard| async move {
-            let (reply, count) = oneshot::channel();
+    /// What each shard actor has; nothing of one that is being started again.
+    async fn figures(&self) -> Vec<Option<ShardFigures>> {
+        let figures = self.links().shards().into_iter().map(|shard| async move {
+            let (reply, figures) = oneshot::channel();
             let asked = shard.cast(ShardMsg::Count(reply)).is_ok();
-            if asked { count.await.unwrap_or(0) } else { 0 }
+            if asked { figures.await.ok() } else { None }
         });
-        let info = |(id, sessions): (u32, u64)| ShardInfo {
-            id: ShardId(id),
-            generation: Generation(self.inner().incarnation.0),
-            replicas: vec![self.name().clone()],
-            sessions,
+        join_all(figures).await
+    }
+
+    /// The shard map; how many sessions a shard has is known where it has a replica here.
+    pub async fn shards(&self) -> Vec<ShardInfo> {
+        let map = self.cluster_link().map(|cluster| cluster.map());
+        let info = |(id, figures): (u32, Option<ShardFigures>)| {
+            let id = ShardId(id);
+            let set = match &map {
+                Some(map) => map.set(id),
+                None => figures.as_ref().map(|figures| ReplicaSet::clone(&figures.set)),
+            };
+            let known = figures.filter(|figures| figures.role != Role::Idle);
+            ShardInfo {
+                id,
+                generation: set.as_ref().map_or(Generation(0), |set| set.generation),
+                learner: set
+                    .as_ref()
+                    .and_then(|set| set.learner.as_ref().map(|learner| learner.node.clone())),
+                replicas: set.into_iter().flat_map(|set| set.replicas).map(|replica| replica.node).collect(),
+                sessions: known.map(|figures| figures.sessions),
+            }
         };
-        (0..).zip(join_all(counts).await).map(info).collect()
+        (0..).zip(self.figures().await).map(info).collect()
     }
 
     /// What happens, from now on; a reader that lags behind the buffer is told how much it missed.
@@ -165,8 +199,20 @@ impl Handle {
     ///
     /// # Errors
     /// The reasons why not.
-    pub fn ready(&self, full: bool) -> Result<(), Vec<String>> {
+    pub async fn ready(&self, full: bool) -> Result<(), Vec<String>> {
         let mut reasons = Vec::new();
+        if full && self.in_cluster() {
+            match self.cluster().await {
+                Ok(info) if info.under_replicated_shards > 0 => {
+                    reasons.push(format!("{} shards lack replicas", info.under_replicated_shards));
+                }
+                Ok(info) if info.under_replicated_sessions > 0 => {
+                    reasons.push(format!("{} sessions lack copies", info.under_replicated_sessions));
+                }
+                Ok(_) => {}
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
         if !self.serving() {
             reasons.push("the node is starting or stopping".to_owned());
         }
@@ -195,8 +241,18 @@ impl Handle {
             self.metrics().set_tier("pinned", &pinned.arena);
             self.metrics().set_sessions("warm", signed(pinned.sessions));
         }
-        let all: u64 = self.shards().await.iter().map(|shard| shard.sessions).sum();
+        let figures = self.figures().await;
+        let owned = || figures.iter().flatten().filter(|figures| figures.role == Role::Primary);
+        let all: u64 = owned().map(|figures| figures.sessions).sum();
         self.metrics().set_sessions("all", signed(all));
+        let short: u64 = owned().map(|figures| figures.under_replicated).sum();
+        let leads = self.cluster_link().is_none_or(|c| c.registry().leader().as_ref() == Some(self.name()));
+        self.metrics().set_cluster(signed(short), leads);
+        for peer in self.cluster_link().map(|cluster| cluster.transport().peers()).unwrap_or_default() {
+            let classes = Class::ALL.into_iter().zip(peer.bytes);
+            let bytes: Vec<_> = classes.map(|(class, (out, back))| (class.word(), out + back)).collect();
+            self.metrics().set_peer(peer.node.as_str(), peer.rtt, &bytes);
+        }
     }
 
     /// Bytes that this node's tiers have in use: HBM and pinned.

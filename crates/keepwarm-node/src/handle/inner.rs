@@ -20,6 +20,7 @@ use super::view::{ContextInfo, Move, NodeEvent};
 use crate::admission::{Admission, Permit};
 use crate::book::Book;
 use crate::clock::now;
+use crate::cluster::Cluster;
 use crate::error::Error;
 use crate::gpu::Board;
 use crate::links::Links;
@@ -28,6 +29,8 @@ use crate::pinned::{PinnedMsg, Pool, ROOM_WAIT, Reserve};
 use crate::router::RouterMsg;
 use crate::shard::{Answered, Ask, ShardMsg};
 
+/// How long another node's bytes wait for room here.
+const REPLICA_ROOM_WAIT: Millis = Millis(500);
 /// Events that a slow reader may be behind before it misses some.
 const EVENTS_KEPT: usize = 1024;
 
@@ -36,7 +39,8 @@ pub(crate) struct InnerParts {
     pub(crate) config: Config,
     pub(crate) node: NodeConfig,
     pub(crate) catalog: Catalog,
-    pub(crate) incarnation: Incarnation,
+    pub(crate) member: Member,
+    pub(crate) cluster: Option<Arc<Cluster>>,
     pub(crate) boards: Vec<Arc<Board>>,
     pub(crate) faults: Vec<Arc<FaultPlan>>,
     pub(crate) fail: watch::Sender<Option<String>>,
@@ -49,6 +53,7 @@ pub(crate) struct Inner {
     pub(crate) name: NodeName,
     pub(crate) catalog: Catalog,
     pub(crate) incarnation: Incarnation,
+    pub(crate) cluster: Option<Arc<Cluster>>,
     pub(crate) boards: Vec<Arc<Board>>,
     pub(crate) links: Arc<Links>,
     pub(crate) metrics: Arc<Metrics>,
@@ -61,6 +66,8 @@ pub(crate) struct Inner {
     pub(super) contexts: Mutex<HashMap<(GpuIndex, String), ContextInfo>>,
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
+    /// Whether this process may begin anew: the cluster went on without it.
+    superseded: AtomicBool,
     fail: watch::Sender<Option<String>>,
 }
 
@@ -76,10 +83,12 @@ impl Inner {
             checkpoints: Mutex::default(),
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
             config: parts.config,
             node: parts.node,
             catalog: parts.catalog,
-            incarnation: parts.incarnation,
+            incarnation: parts.member.incarnation,
+            cluster: parts.cluster,
             boards: parts.boards,
             faults: parts.faults,
             fail: parts.fail,
@@ -147,6 +156,18 @@ impl Handle {
         self.inner.faults.get(usize::from(gpu.0)).cloned()
     }
 
+    /// Flips a bit of a session's pinned bytes, for tests and drills.
+    ///
+    /// # Errors
+    /// [`Error`] where it has none that can be read.
+    pub async fn flip_pinned_bit(&self, key: &SessionKey) -> Result<(), Error> {
+        let answered = self.ask(key, Verb::ReadAll, Vec::new(), None).await?;
+        let first = answered.blocks.first();
+        let first = first.ok_or_else(|| Error::Internal(format!("{key} has no pinned bytes")))?;
+        keepwarm_memory::flip_bit(first, 0);
+        Ok(())
+    }
+
     /// Makes a GPU's actor panic, for tests and drills.
     pub fn panic_gpu(&self, gpu: GpuIndex) {
         if let Some(gpu) = self.links().gpu(gpu) {
@@ -167,6 +188,16 @@ impl Handle {
 
     pub(super) fn serving(&self) -> bool {
         self.inner.serving.load(Ordering::SeqCst)
+    }
+
+    /// The cluster went on without this process, which can begin anew and join again.
+    pub(crate) fn supersede(&self, reason: String) {
+        self.inner.superseded.store(true, Ordering::SeqCst);
+        self.fail(reason);
+    }
+
+    pub(crate) fn superseded(&self) -> bool {
+        self.inner.superseded.load(Ordering::SeqCst)
     }
 
     pub(crate) fn fail(&self, reason: String) {
@@ -208,7 +239,9 @@ impl Handle {
         sizes: Vec<(Bytes, usize)>,
     ) -> Result<Vec<BlockMut>, Error> {
         let (reply, blocks) = oneshot::channel();
-        let deadline = now() + ROOM_WAIT;
+        // Another node waits for this answer: an eviction that is under way may come in time, no more.
+        let wait = if pool == Pool::ReplicaIn { REPLICA_ROOM_WAIT } else { ROOM_WAIT };
+        let deadline = now() + wait;
         let reserve = Reserve { owner: owner.clone(), pool, sizes, deadline, reply };
         send(self.links().pinned()?, PinnedMsg::Reserve(reserve), "pinned memory")?;
         blocks.await.map_err(|_| restarting("pinned memory"))?
@@ -217,6 +250,18 @@ impl Handle {
     pub(crate) fn device(&self, gpu: GpuIndex) -> Result<Arc<dyn Device>, Error> {
         let board = self.inner.boards.get(usize::from(gpu.0));
         board.map(|board| Arc::clone(board.device())).ok_or_else(|| no_gpu(gpu, self.inner.boards.len()))
+    }
+
+    /// A session's bytes by tier; `peer` is one copy on other nodes, if there is any.
+    pub(super) fn tiers(&self, manifest: &Manifest, hbm: Bytes) -> super::view::TierBytes {
+        let (me, bytes) = (self.inner.member(), manifest.stored_bytes());
+        let here = manifest.holders.contains(&me);
+        let elsewhere = manifest.holders.iter().any(|holder| *holder != me);
+        super::view::TierBytes {
+            hbm,
+            pinned: if here { bytes } else { Bytes::ZERO },
+            peer: if elsewhere { bytes } else { Bytes::ZERO },
+        }
     }
 
     /// Whether a session has all the copies that the spec promises.

@@ -5,12 +5,14 @@
 //! call would have left it; a write that was not finished leaves nothing.
 
 mod admin;
+mod cluster;
 mod inner;
 mod request;
 mod running;
 mod sessions;
 mod view;
 
+pub use cluster::Whereabouts;
 pub use inner::Handle;
 pub(crate) use inner::{Inner, InnerParts};
 pub use request::{

@@ -7,7 +7,8 @@ use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
 use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
 use keepwarm_memory::{Block, BlockMut};
 use keepwarm_types::{
-    Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
+    Bytes, ColdReason, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier,
+    Timestamp,
 };
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
@@ -48,6 +49,7 @@ impl Handle {
         let verb = Verb::Activate { lease, ttl, home: home.clone() };
         let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
         let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
+        let sources = answered.blocks.clone();
         let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, grant.lease.expires_at).await;
         match loaded {
             Ok(loaded) => {
@@ -58,10 +60,26 @@ impl Handle {
             Err(error) => {
                 if let Error::Corrupt { .. } = &error {
                     self.metrics().checksum_failed("restore");
+                    self.condemn(&grant.manifest, sources).await;
                 }
                 let _ = self.ask(key, Verb::Release { lease }, Vec::new(), None).await;
                 Err(error)
             }
+        }
+    }
+
+    /// After a restore met damage: a session whose own bytes are damaged goes cold, since no later restore
+    /// would do better and its transcript can make them anew. One that was damaged on the way stays.
+    async fn condemn(&self, manifest: &Manifest, sources: Vec<Block>) {
+        let whole = move || sources.iter().all(|block| block.verify().is_ok());
+        if tokio::task::spawn_blocking(whole).await.unwrap_or(true) {
+            return;
+        }
+        let key = &manifest.key;
+        let cold = Verb::GoCold { birth: manifest.birth, reason: ColdReason::Corrupt, force: true };
+        match self.ask(key, cold, Vec::new(), None).await {
+            Ok(_) => tracing::error!(%key, "pinned bytes are damaged: the session went cold"),
+            Err(error) => tracing::error!(%key, %error, "pinned bytes are damaged and could not be dropped"),
         }
     }
 

@@ -6,13 +6,14 @@ use keepwarm_core::session::{Labels, Protect};
 use keepwarm_core::shard::{
     Answer, Commit, Create, Cut, Fork, ListQuery, Precondition, Refusal, SessionView, Verb,
 };
+use keepwarm_memory::Block;
 use keepwarm_types::{Birth, Bytes, Outcome, SessionId, SessionKey, ShardId, TenantName, Tier, TxnId};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::inner::Handle;
 use super::request::{CreateRequest, ForkRequest, WriteRequest};
-use super::view::{Freed, Receipt, SessionInfo, SessionPage, TierBytes, TranscriptInfo, Verdict, WriteDone};
+use super::view::{Freed, Receipt, SessionInfo, SessionPage, TranscriptInfo, Verdict, WriteDone};
 use crate::error::Error;
 use crate::gpu::GpuMsg;
 use crate::read::PartReader;
@@ -28,6 +29,11 @@ fn odd(what: &'static str) -> Error {
 
 pub(super) fn verdict(outcome: Outcome, reason: impl Into<String>) -> Verdict {
     Verdict { outcome, reason: reason.into() }
+}
+
+/// Gives these guards back; says how many bytes nobody else holds, be it another session or a reader.
+fn freed(guards: Vec<Block>) -> Bytes {
+    Bytes(guards.iter().filter(|block| block.is_last()).map(|block| block.length() as u64).sum())
 }
 
 fn cut_verdict(clipped: bool) -> Verdict {
@@ -53,7 +59,7 @@ impl Handle {
             let reason = "the tenant has no forever_bytes_max".to_owned();
             return Err(Error::InvalidField { field: "protect_s".to_owned(), reason });
         }
-        let id = request.id.unwrap_or_else(|| self.mint());
+        let id = request.id.map_or_else(|| self.mint(), Ok)?;
         let key = SessionKey::new(tenant.clone(), id);
         self.inner().book.begin(tenant)?;
         let create = Create {
@@ -88,10 +94,12 @@ impl Handle {
     }
 
     /// An id in one of this node's shards.
-    fn mint(&self) -> SessionId {
-        let count = self.links().count;
-        let owned: Vec<_> = (0..count.get()).map(ShardId).collect();
-        mint(Uuid::now_v7(), &owned, count)
+    fn mint(&self) -> Result<SessionId, Error> {
+        let owned = self.own_shards();
+        if owned.is_empty() {
+            return Err(Refusal::Moving("this node owns no shard now").into());
+        }
+        Ok(mint(Uuid::now_v7(), &owned, self.links().count))
     }
 
     /// Shows a session.
@@ -105,7 +113,7 @@ impl Handle {
         Ok(self.info(*view).await)
     }
 
-    /// Shows a tenant's sessions by id, after `after`, with all of `labels`.
+    /// Shows a tenant's sessions of this node's own shards by id, after `after`, with all of `labels`.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::Draining`]. Shards that do not answer are named in the page instead.
@@ -119,12 +127,12 @@ impl Handle {
         let _permit = self.admit()?;
         let limit = limit.clamp(1, PAGE_MAX);
         let count = self.links().count;
-        let anchor = self.mint();
+        let anchor = mint(Uuid::now_v7(), &[ShardId(0)], count);
         let labels: Vec<_> = labels.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        let shards = (0..count.get()).map(|shard| {
-            let key = SessionKey::new(tenant.clone(), anchor.placed_in(ShardId(shard), count));
+        let shards = self.own_shards().into_iter().map(|shard| {
+            let key = SessionKey::new(tenant.clone(), anchor.placed_in(shard, count));
             let query = ListQuery { after, limit: limit + 1, labels: labels.clone() };
-            async move { (ShardId(shard), self.ask(&key, Verb::List(query), Vec::new(), None).await) }
+            async move { (shard, self.ask(&key, Verb::List(query), Vec::new(), None).await) }
         });
         let (mut views, mut incomplete) = (Vec::new(), Vec::new());
         for (shard, answered) in join_all(shards).await {
@@ -156,7 +164,7 @@ impl Handle {
             }
         }
         let info = |(view, hbm): (SessionView, Bytes)| SessionInfo {
-            tiers: TierBytes { hbm, pinned: view.manifest.stored_bytes(), peer: Bytes::ZERO },
+            tiers: self.tiers(&view.manifest, hbm),
             owner: self.name().clone(),
             durability: self.durability(&view.manifest),
             home: view.home,
@@ -268,7 +276,8 @@ impl Handle {
     ) -> Result<(Verdict, SessionInfo), Error> {
         let permit = self.admit()?;
         let count = self.links().count;
-        let child = request.id.unwrap_or_else(|| self.mint().placed_in(count.shard_of(key.id), count));
+        let near = || mint(Uuid::now_v7(), &[count.shard_of(key.id)], count);
+        let child = request.id.unwrap_or_else(near);
         self.inner().book.begin(&key.tenant)?;
         let fork = Fork {
             child,
@@ -304,7 +313,7 @@ impl Handle {
     }
 
     async fn end(&self, key: &SessionKey, verb: Verb) -> Result<Receipt, Error> {
-        let before = self.get(key).await?;
+        let (pinned, hbm) = (self.pinned_guards(key).await?, self.hbm_guards(key).await);
         let permit = self.admit()?;
         let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
         let Answer::Deleted(deleted) = *answered.answer else { return Err(odd("an end")) };
@@ -315,12 +324,10 @@ impl Handle {
                 let _ = gone.await;
             }
         }
-        let freed = |tier, bytes| Freed { node: self.name().clone(), tier, bytes, scrubbed: true };
-        let tiers = [(Tier::Hbm, before.tiers.hbm), (Tier::Pinned, deleted.bytes)];
-        let freed = tiers
+        let freed = [(Tier::Hbm, freed(hbm)), (Tier::Pinned, freed(pinned))]
             .into_iter()
             .filter(|(_, bytes)| *bytes > Bytes::ZERO)
-            .map(|(tier, bytes)| freed(tier, bytes))
+            .map(|(tier, bytes)| Freed { node: self.name().clone(), tier, bytes, scrubbed: false })
             .collect();
         Ok(Receipt {
             id: deleted.id,
@@ -329,6 +336,31 @@ impl Handle {
             freed,
             pending: Vec::new(),
         })
+    }
+
+    /// Guards of a session's pinned blocks; none of a cold one.
+    async fn pinned_guards(&self, key: &SessionKey) -> Result<Vec<Block>, Error> {
+        let permit = self.admit()?;
+        match self.ask(key, Verb::ReadAll, Vec::new(), Some(permit)).await {
+            Ok(answered) => Ok(answered.blocks),
+            Err(error @ Error::Refused(Refusal::UnknownSession))
+            | Err(error @ Error::Refused(Refusal::Deleted { .. } | Refusal::Expired { .. })) => Err(error),
+            // What cannot be read here ends all the same; nothing of it is counted.
+            Err(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Guards of a session's blocks in this node's GPUs.
+    async fn hbm_guards(&self, key: &SessionKey) -> Vec<Block> {
+        let mut guards = Vec::new();
+        for gpu in self.links().gpus() {
+            let (reply, blocks) = oneshot::channel();
+            if gpu.cast(GpuMsg::Guards { key: key.clone(), reply }).is_ok() {
+                // A GPU that has ended since holds nothing.
+                guards.extend(blocks.await.unwrap_or_default());
+            }
+        }
+        guards
     }
 
     /// Ends each of a tenant's sessions.

@@ -157,9 +157,9 @@ pub struct Freed {
     pub node: NodeName,
     /// In which tier.
     pub tier: Tier,
-    /// How much.
+    /// How much: what another session or a reader still holds is not counted.
     pub bytes: Bytes,
-    /// Whether it was zeroed, or will be before any other use.
+    /// Whether it is zeroed already; if not, it is before any other tenant's use.
     pub scrubbed: bool,
 }
 
@@ -280,8 +280,10 @@ pub struct NodeInfo {
 pub struct ClusterInfo {
     /// Its name.
     pub name: String,
-    /// Its nodes.
-    pub nodes: Vec<NodeInfo>,
+    /// This node.
+    pub here: NodeInfo,
+    /// The others, as the registry has them.
+    pub others: Vec<keepwarm_core::registry::NodeState>,
     /// Number of shards.
     pub shards: u32,
     /// Copies per session that the spec asks for.
@@ -294,8 +296,8 @@ pub struct ClusterInfo {
     pub spec_version: u64,
     /// BLAKE3 of the spec.
     pub spec_hash: String,
-    /// The registry's leader.
-    pub registry_leader: NodeName,
+    /// The registry's leader; none while there is none.
+    pub registry_leader: Option<NodeName>,
 }
 
 /// A shard, as the shard map has it.
@@ -307,8 +309,10 @@ pub struct ShardInfo {
     pub generation: keepwarm_types::Generation,
     /// Its replicas, the owner first.
     pub replicas: Vec<NodeName>,
-    /// Sessions in it.
-    pub sessions: u64,
+    /// Who is being filled.
+    pub learner: Option<NodeName>,
+    /// Sessions in it, where this node has a replica of it.
+    pub sessions: Option<u64>,
 }
 
 /// Something an operator may want to see happen.

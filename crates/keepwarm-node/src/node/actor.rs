@@ -4,18 +4,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use keepwarm_config::DegradedWrites;
+use keepwarm_core::registry::ReplicaSet;
+use keepwarm_core::replica::{Replica, ReplicaSettings};
 use keepwarm_core::residency::{Residency, ResidencySettings};
-use keepwarm_core::shard::{Shard, ShardSettings};
 use keepwarm_memory::Arena;
-use keepwarm_types::{Bytes, Generation, ShardId, Timestamp};
+use keepwarm_types::{Bytes, Generation, Millis, ShardId, Timestamp};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
-use crate::clock::now;
 use crate::gpu::{GpuActor, GpuArgs};
 use crate::handle::Handle;
 use crate::pinned::{PinnedActor, PinnedArgs};
 use crate::router::{RouterActor, RouterArgs};
-use crate::shard::{ShardActor, ShardArgs};
+use crate::shard::{ShardActor, ShardArgs, ShardMsg};
 
 /// Restarts of one actor in a process; after the last it stays down.
 const RESTARTS_MAX: u32 = 5;
@@ -68,7 +69,7 @@ impl Actor for NodeActor {
             state.start_gpu(index, &supervisor).await?;
         }
         for index in 0..inner.links.count.get() as usize {
-            state.start_shard(index, &supervisor, true).await?;
+            state.start_shard(index, &supervisor).await?;
         }
         Ok(state)
     }
@@ -94,7 +95,10 @@ impl Actor for NodeActor {
                 board.take_down();
                 board.device().fence("its actor failed again and again");
             }
-            Child::Shard(index) if again => state.start_shard(index, &supervisor, false).await?,
+            // A replica that lost its bytes may not go on as the holder that it was: the node begins anew.
+            Child::Shard(index) if again && !state.handle.in_cluster() => {
+                state.start_shard(index, &supervisor).await?;
+            }
             Child::Shard(_) | Child::Pinned | Child::Router => {
                 state.handle.fail(format!("{child:?} failed: {error}"))
             }
@@ -119,35 +123,37 @@ impl NodeState {
         Ok(())
     }
 
-    /// Starts a shard from what the catalog has; `first` at the node's start.
-    async fn start_shard(
-        &mut self,
-        index: usize,
-        supervisor: &ActorCell,
-        first: bool,
-    ) -> Result<(), ActorProcessingErr> {
+    /// Starts a shard from what the catalog has. In a cluster of one it owns itself at once; else the registry says.
+    async fn start_shard(&mut self, index: usize, supervisor: &ActorCell) -> Result<(), ActorProcessingErr> {
         let inner = self.handle.inner();
         let id = ShardId(u32::try_from(index)?);
-        let settings = ShardSettings {
+        let begun = self.restarts.get(&Child::Shard(index)).copied().unwrap_or(0);
+        let settings = ReplicaSettings {
             shard: id,
             count: inner.links.count,
             member: inner.member(),
-            generation: Generation(inner.incarnation.0),
-            begun: self.restarts.get(&Child::Shard(index)).copied().unwrap_or(0),
+            begun,
+            replication: inner.config.replication as usize,
+            degraded: inner.config.degraded_writes == DegradedWrites::Allow,
+            cluster: self.handle.in_cluster(),
+            write_deadline: Millis(u64::try_from(inner.config.write_deadline.as_millis())?),
         };
         let (manifests, tombstones) = (inner.catalog.manifests(id)?, inner.catalog.tombstones(id)?);
-        if first {
-            manifests.iter().for_each(|manifest| inner.book.recovered(&manifest.key.tenant));
-        }
-        for manifest in &manifests {
-            inner.book.hold(&manifest.key, Some(manifest.protect), Bytes::ZERO);
-        }
-        let core = Shard::recover(settings, now(), manifests, tombstones);
+        let core = Replica::new(settings, manifests, tombstones);
         let deadline = Arc::clone(&self.deadlines[index]);
         deadline.store(Timestamp::NEVER.0, Ordering::Relaxed);
         let args = ShardArgs { core, catalog: inner.catalog.clone(), handle: self.handle.clone(), deadline };
         let (actor, _) = Actor::spawn_linked(None, ShardActor, args, supervisor.clone()).await?;
         self.children.insert(actor.get_id(), Child::Shard(index));
+        if !self.handle.in_cluster() {
+            let alone = ReplicaSet {
+                generation: Generation(inner.incarnation.0),
+                replicas: vec![inner.member()],
+                learner: None,
+                lost_at: None,
+            };
+            actor.cast(ShardMsg::Set(Arc::new(alone)))?;
+        }
         inner.links.set_shard(index, actor);
         Ok(())
     }

@@ -6,14 +6,18 @@ use std::time::{Duration, Instant};
 
 use keepwarm_catalog::{Catalog, CatalogSettings, OpenError, Sync};
 use keepwarm_config::{Config, DeviceKind, SyncMode};
-use keepwarm_memory::{Arena, ArenaSettings, Device, FaultPlan, HostDevice, ReserveError};
+use keepwarm_core::registry::Member;
+use keepwarm_memory::{
+    Arena, ArenaSettings, Device, FaultPlan, HostDevice, ReserveError, number_instances_for,
+};
 use keepwarm_types::NodeName;
 use ractor::{Actor, ActorRef};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::actor::{NodeActor, NodeArgs};
 use crate::clock::now;
+use crate::cluster::{IncomingRelay, JoinError, join};
 use crate::gpu::{Board, GpuMsg};
 use crate::handle::{Handle, Inner, InnerParts};
 use crate::pinned::PinnedMsg;
@@ -38,9 +42,9 @@ pub enum StartError {
         /// What there is.
         known: String,
     },
-    /// More nodes than this version runs.
-    #[error("the configuration has {0} nodes: this version runs a cluster of one")]
-    Cluster(usize),
+    /// The node could not take its part in the cluster.
+    #[error(transparent)]
+    Cluster(#[from] JoinError),
     /// A device that this version cannot use.
     #[error(
         "node '{node}': gpu[{index}].device = \"{device}\": this version drives host devices only; use \"host\""
@@ -87,6 +91,7 @@ pub struct Node {
     actor: ActorRef<()>,
     ticker: JoinHandle<()>,
     failed: watch::Receiver<Option<String>>,
+    relays: Option<mpsc::Receiver<IncomingRelay>>,
 }
 
 impl Node {
@@ -100,9 +105,6 @@ impl Node {
             .node(name)
             .cloned()
             .ok_or_else(|| StartError::UnknownNode { name: name.clone(), known: known() })?;
-        if config.nodes.len() > 1 {
-            return Err(StartError::Cluster(config.nodes.len()));
-        }
         let memory =
             |what: &str, cause| StartError::Memory { node: name.clone(), what: what.to_owned(), cause };
         let settings = ArenaSettings::new("pinned", node.pinned).locked();
@@ -133,8 +135,13 @@ impl Node {
             None => Catalog::ephemeral(&settings)?,
         };
         let (fail, failed) = watch::channel(None);
-        let incarnation = recovered.incarnation;
-        let parts = InnerParts { config, node, catalog, incarnation, boards, faults, fail };
+        let joined =
+            if config.is_cluster() { Some(join(&config, &node, &catalog, &recovered).await?) } else { None };
+        let alone = || Member { node: name.clone(), incarnation: recovered.incarnation };
+        let member = joined.as_ref().map_or_else(alone, |joined| joined.cluster.member().clone());
+        number_instances_for(member.incarnation);
+        let cluster = joined.as_ref().map(|joined| Arc::clone(&joined.cluster));
+        let parts = InnerParts { config, node, catalog, member, cluster, boards, faults, fail };
         let handle = Handle::new(Inner::new(parts));
         let deadlines: Vec<_> =
             (0..handle.inner().links.count.get()).map(|_| Arc::new(AtomicU64::new(u64::MAX))).collect();
@@ -144,14 +151,26 @@ impl Node {
             .await
             .map_err(|error| StartError::Actors(error.to_string()))?;
         let ticker = tokio::spawn(tick(handle.clone(), deadlines));
+        let relays = joined.map(|joined| joined.begin(&handle));
         handle.set_serving(true);
-        Ok(Self { handle, actor, ticker, failed })
+        Ok(Self { handle, actor, ticker, failed, relays })
     }
 
     /// The way in.
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
+    }
+
+    /// Requests that other nodes relay to this one, for the HTTP server; once, and only in a cluster of several.
+    pub fn take_relays(&mut self) -> Option<mpsc::Receiver<IncomingRelay>> {
+        self.relays.take()
+    }
+
+    /// Whether the node cannot go on because the cluster took it for failed: a new start joins again.
+    #[must_use]
+    pub fn superseded(&self) -> bool {
+        self.handle.superseded()
     }
 
     /// Resolves when the node cannot go on, with the reason.
@@ -181,6 +200,9 @@ impl Node {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         if self.actor.wait(Some(left)).await.is_err() {
             tracing::warn!("the node's actors did not end in time");
+        }
+        if let Some(cluster) = self.handle.cluster_link() {
+            cluster.leave().await;
         }
         ShutdownReport { unfinished, checkpoints }
     }

@@ -13,8 +13,12 @@ use crate::handle::PinnedInfo;
 pub(crate) enum Pool {
     /// A client's write.
     Client,
+    /// A session's bytes from another node, for a request that waits for them.
+    Restore,
     /// A checkpoint from HBM.
     SpillIn,
+    /// Another node's bytes, of which this one is to keep a copy: it has them at once or not at all.
+    ReplicaIn,
 }
 
 /// Blocks that somebody wants.

@@ -1,20 +1,23 @@
-//! The shell around the core's shard.
+//! The shell around the core's replica.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use keepwarm_catalog::Catalog;
+use keepwarm_core::replica::{Replica, ReplicaCommand, ReplicaEvent, Role};
 use keepwarm_core::session::Protect;
 use keepwarm_core::shard::{
-    Answer, Command, Event, PersistError, Record, Request, RequestId, Shard, Ticket, Verb,
+    Answer, Command, PersistError, Record, Refusal, Request, RequestId, Ticket, Verb,
 };
 use keepwarm_memory::Block;
 use keepwarm_types::{Birth, ColdReason, InstanceId, SessionKey, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
-use super::message::{Answered, Ask, ShardMsg};
+use super::guards::Guards;
+use super::message::{Answered, Ask, ShardFigures, ShardMsg};
+use super::peers;
 use crate::admission::Permit;
 use crate::clock::now;
 use crate::error::Error;
@@ -25,27 +28,27 @@ use crate::pinned::PinnedMsg;
 pub(crate) struct ShardActor;
 
 pub(crate) struct ShardArgs {
-    pub(crate) core: Shard,
+    pub(crate) core: Replica,
     pub(crate) catalog: Catalog,
     pub(crate) handle: Handle,
     /// When a tick is due, for the node's timer.
     pub(crate) deadline: Arc<AtomicU64>,
 }
 
-/// One guard per instance, and how many manifests and stages name it.
-struct Named {
-    block: Block,
-    names: u32,
-}
-
 enum Waiting {
-    Client { guards: Vec<Block>, reply: oneshot::Sender<Result<Answered, Error>>, _permit: Option<Permit> },
+    Client {
+        guards: Vec<Block>,
+        reply: oneshot::Sender<Result<Answered, Error>>,
+        /// The answer, until it may be given.
+        held: Option<Result<Answered, Error>>,
+        _permit: Option<Permit>,
+    },
     Eviction(SessionKey),
 }
 
 pub(crate) struct ShardState {
-    args: ShardArgs,
-    named: HashMap<InstanceId, Named>,
+    pub(super) args: ShardArgs,
+    pub(super) guards: Guards,
     waiting: HashMap<RequestId, Waiting>,
     next: u64,
 }
@@ -60,8 +63,8 @@ impl Actor for ShardActor {
         _: ActorRef<ShardMsg>,
         args: ShardArgs,
     ) -> Result<ShardState, ActorProcessingErr> {
-        args.deadline.store(args.core.next_deadline().0, Ordering::Relaxed);
-        Ok(ShardState { args, named: HashMap::new(), waiting: HashMap::new(), next: 0 })
+        args.deadline.store(args.core.next_deadline(now()).0, Ordering::Relaxed);
+        Ok(ShardState { args, guards: Guards::default(), waiting: HashMap::new(), next: 0 })
     }
 
     async fn handle(
@@ -72,25 +75,52 @@ impl Actor for ShardActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ShardMsg::Ask(Ask { key, verb, guards, permit, reply }) => {
-                state.ask(&myself, key, verb, Waiting::Client { guards, reply, _permit: permit });
+                let waiting = Waiting::Client { guards, reply, held: None, _permit: permit };
+                state.ask(&myself, key, verb, waiting);
             }
             ShardMsg::Evict { key, birth, why } => {
                 tracing::debug!(%key, why = why.word(), "eviction proposed");
-                let reason = ColdReason::Evicted;
-                let waiting = Waiting::Eviction(key.clone());
-                state.ask(&myself, key, Verb::GoCold { birth, reason, force: false }, waiting);
+                state.evict(&myself, key, birth);
             }
-            ShardMsg::Durable(ticket, Ok(())) => state.on(&myself, Event::Persisted(ticket)),
+            ShardMsg::Durable(ticket, Ok(())) => state.on(&myself, ReplicaEvent::Persisted(ticket)),
             ShardMsg::Durable(ticket, Err((error, records))) => {
-                state.on(&myself, Event::PersistFailed(ticket, error, records));
+                state.on(&myself, ReplicaEvent::PersistFailed(ticket, error, records));
             }
-            ShardMsg::Tick => state.on(&myself, Event::Tick),
+            ShardMsg::Peer(envelope, _permit) => state.on(&myself, ReplicaEvent::Peer(envelope)),
+            ShardMsg::Set(set) => state.on(&myself, ReplicaEvent::Set(set)),
+            ShardMsg::Linked(member) => state.on(&myself, ReplicaEvent::Linked(member)),
+            ShardMsg::Arrived(blocks, kept) => {
+                let instances = blocks.iter().map(Block::instance).collect();
+                blocks.into_iter().for_each(|block| state.guards.take(block));
+                state.on(&myself, ReplicaEvent::Arrived(instances));
+                let _ = kept.send(());
+            }
+            ShardMsg::Copied(id, result) => {
+                let result =
+                    result.map(|blocks| blocks.into_iter().for_each(|block| state.guards.take(block)));
+                state.on(&myself, ReplicaEvent::Copied(id, result));
+            }
+            ShardMsg::Lend(blocks, birth, reply) => {
+                let _ = reply.send(state.guards.all(&blocks, birth));
+            }
+            ShardMsg::RegistryConfirmed(round) => {
+                state.on(&myself, ReplicaEvent::RegistryConfirmed { round });
+            }
+            ShardMsg::ProposalFailed => state.on(&myself, ReplicaEvent::ProposalFailed),
+            ShardMsg::Tick => state.on(&myself, ReplicaEvent::Tick),
             ShardMsg::Count(reply) => {
-                let _ = reply.send(state.args.core.len() as u64);
+                let core = &state.args.core;
+                let _ = reply.send(ShardFigures {
+                    sessions: core.len() as u64,
+                    role: core.role(),
+                    set: Arc::clone(core.set()),
+                    under_replicated: core.under_replicated() as u64,
+                    needed: core.needed_here() as u64,
+                });
             }
             ShardMsg::Panic => panic!("a panic was asked for"),
         }
-        state.args.deadline.store(state.args.core.next_deadline().0, Ordering::Relaxed);
+        state.args.deadline.store(state.args.core.next_deadline(now()).0, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -100,27 +130,123 @@ impl ShardState {
         self.next += 1;
         let id = RequestId(self.next);
         self.waiting.insert(id, waiting);
-        self.on(myself, Event::Request(Request { id, key, verb }));
+        self.on(myself, ReplicaEvent::Request(Request { id, key, verb }));
     }
 
-    fn on(&mut self, myself: &ActorRef<ShardMsg>, event: Event) {
-        for command in self.args.core.on(now(), event) {
-            match command {
-                Command::Persist(ticket, records) => self.persist(myself, ticket, records),
-                Command::Adopt(request, instances) => self.adopt(request, &instances),
-                Command::Retain(instances) => instances.iter().for_each(|instance| self.name(*instance)),
-                Command::Release(instances) => instances.iter().for_each(|instance| self.unname(*instance)),
-                Command::Reside(residence) => {
-                    let forever = residence.protected_until == Timestamp::NEVER;
-                    let protect = forever.then_some(Protect::Forever);
-                    self.args.handle.inner().book.hold(&residence.key, protect, residence.bytes);
-                    if let Ok(pinned) = self.args.handle.links().pinned() {
-                        let _ = pinned.cast(PinnedMsg::Reside(residence));
-                    }
+    /// The pinned tier has no room for the session: the primary decides.
+    fn evict(&mut self, myself: &ActorRef<ShardMsg>, key: SessionKey, birth: Birth) {
+        let waiting = Waiting::Eviction(key.clone());
+        if self.args.core.role() == Role::Primary {
+            let reason = ColdReason::Evicted;
+            self.ask(myself, key, Verb::GoCold { birth, reason, force: false }, waiting);
+            return;
+        }
+        if let Some(envelope) = self.args.core.ask_to_evict(&key, birth) {
+            peers::send(&self.args.handle, envelope);
+        }
+        if let Ok(pinned) = self.args.handle.links().pinned() {
+            let _ = pinned.cast(PinnedMsg::EvictRefused(key));
+        }
+    }
+
+    fn on(&mut self, myself: &ActorRef<ShardMsg>, event: ReplicaEvent) {
+        let office = self.args.core.role() == Role::Primary;
+        let commands = self.args.core.on(now(), event);
+        match (office, self.args.core.role() == Role::Primary) {
+            (false, true) => self.count_sessions(true),
+            (true, false) => self.count_sessions(false),
+            _ => {}
+        }
+        for command in commands {
+            self.carry_out(myself, command);
+        }
+    }
+
+    /// Sessions count against their tenants' quotas where their shard's primary is.
+    fn count_sessions(&self, here: bool) {
+        let book = &self.args.handle.inner().book;
+        for (key, protect) in self.args.core.sessions() {
+            if here {
+                book.recovered(&key.tenant);
+                book.hold(key, Some(protect), keepwarm_types::Bytes::ZERO);
+            } else {
+                book.end(&key.tenant);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, myself: &ActorRef<ShardMsg>, command: ReplicaCommand) {
+        match command {
+            ReplicaCommand::Shard(command) => self.carry_out_shards(command),
+            ReplicaCommand::Persist(ticket, records) => self.persist(myself, ticket, records),
+            ReplicaCommand::Reply(request, result) => self.reply(request, result),
+            ReplicaCommand::Hold(request, result) => {
+                let answered = self.answered(result);
+                if let Some(Waiting::Client { held, .. }) = self.waiting.get_mut(&request) {
+                    *held = Some(answered);
                 }
-                Command::Invalidate(key, birth) => self.invalidate(&key, birth),
-                Command::Ended(key) => self.args.handle.ended(key),
-                Command::Reply(request, result) => self.reply(request, result),
+                // An eviction's answer is for the pinned tier alone: it may know it at once.
+                if let Some(Waiting::Eviction(_)) = self.waiting.get(&request) {
+                    self.reply(request, Err(Refusal::Moving("it is being confirmed")));
+                }
+            }
+            ReplicaCommand::Deliver(request) => {
+                if let Some(Waiting::Client { reply, held: Some(answered), .. }) =
+                    self.waiting.remove(&request)
+                {
+                    // A client that has gone away needs no answer.
+                    let _ = reply.send(answered);
+                }
+            }
+            ReplicaCommand::Refuse(request, refusal) => self.reply(request, Err(refusal)),
+            ReplicaCommand::Send(envelope) => peers::send(&self.args.handle, envelope),
+            ReplicaCommand::SendWhole { envelope, candidates } => {
+                peers::send_whole(&self.args.handle, &self.args.catalog, envelope, candidates);
+            }
+            ReplicaCommand::Copy { id, to, key, birth, blocks } => {
+                let guards = self.guards.all(&blocks, birth);
+                peers::copy(
+                    &self.args.handle,
+                    myself,
+                    self.args.core.set(),
+                    peers::Moved { id, with: to, key, birth, blocks },
+                    guards,
+                );
+            }
+            ReplicaCommand::Fetch { id, from, key, birth, blocks } => {
+                peers::fetch(
+                    &self.args.handle,
+                    myself,
+                    self.args.core.set(),
+                    peers::Moved { id, with: from, key, birth, blocks },
+                );
+            }
+            ReplicaCommand::Propose(change) => {
+                peers::propose(&self.args.handle, myself, self.args.core.id(), self.args.core.set(), change);
+            }
+            ReplicaCommand::ConfirmRegistry { round } => {
+                peers::confirm(&self.args.handle, myself, self.args.core.id(), self.args.core.set(), round);
+            }
+        }
+    }
+
+    fn carry_out_shards(&mut self, command: Command) {
+        match command {
+            Command::Adopt(request, instances) => self.adopt(request, &instances),
+            Command::Retain(instances) => self.guards.retain(&instances),
+            Command::Release(instances) => self.guards.release(&instances),
+            Command::Reside(residence) => {
+                let forever = residence.protected_until == Timestamp::NEVER;
+                let protect = forever.then_some(Protect::Forever);
+                self.args.handle.inner().book.hold(&residence.key, protect, residence.bytes);
+                if let Ok(pinned) = self.args.handle.links().pinned() {
+                    let _ = pinned.cast(PinnedMsg::Reside(residence));
+                }
+            }
+            Command::Invalidate(key, birth) => self.invalidate(&key, birth),
+            Command::Ended(key) => self.args.handle.ended(key),
+            Command::Persist(..) | Command::Reply(..) => {
+                tracing::error!("the replica passed on what it carries out itself");
             }
         }
     }
@@ -140,22 +266,7 @@ impl ShardState {
         let Some(Waiting::Client { guards, .. }) = self.waiting.get_mut(&request) else { return };
         for block in guards.drain(..) {
             debug_assert!(instances.contains(&block.instance()), "the core adopts what the request brought");
-            self.named.insert(block.instance(), Named { block, names: 1 });
-        }
-    }
-
-    fn name(&mut self, instance: InstanceId) {
-        if let Some(named) = self.named.get_mut(&instance) {
-            named.names += 1;
-        }
-    }
-
-    fn unname(&mut self, instance: InstanceId) {
-        if let Some(named) = self.named.get_mut(&instance) {
-            named.names -= 1;
-            if named.names == 0 {
-                self.named.remove(&instance);
-            }
+            self.guards.take(block);
         }
     }
 
@@ -165,15 +276,17 @@ impl ShardState {
         }
     }
 
-    fn reply(&mut self, request: RequestId, result: Result<Box<Answer>, keepwarm_core::shard::Refusal>) {
+    fn answered(&self, result: Result<Box<Answer>, Refusal>) -> Result<Answered, Error> {
+        let answer = result.map_err(Error::from)?;
+        let blocks = self.guards.of(&answer)?;
+        Ok(Answered { answer, blocks })
+    }
+
+    fn reply(&mut self, request: RequestId, result: Result<Box<Answer>, Refusal>) {
         match self.waiting.remove(&request) {
             Some(Waiting::Client { reply, .. }) => {
-                let answered = result.map_err(Error::from).and_then(|answer| {
-                    let blocks = self.guards(&answer)?;
-                    Ok(Answered { answer, blocks })
-                });
                 // A client that has gone away needs no answer.
-                let _ = reply.send(answered);
+                let _ = reply.send(self.answered(result));
             }
             Some(Waiting::Eviction(key)) => {
                 if result.is_err()
@@ -183,29 +296,6 @@ impl ShardState {
                 }
             }
             None => {}
-        }
-    }
-
-    /// Guards of what an answer names, made for its reader.
-    fn guards(&self, answer: &Answer) -> Result<Vec<Block>, Error> {
-        let guard = |instance: InstanceId, birth: Birth| {
-            let named = self.named.get(&instance);
-            let lost =
-                || Error::Internal(format!("no guard of instance {} that a manifest names", instance.0));
-            named.map(|named| named.block.share(birth)).ok_or_else(lost)
-        };
-        match answer {
-            Answer::Read(grant) => {
-                let parts = grant.manifest.parts.iter().enumerate();
-                let wanted = parts.filter(|(index, _)| grant.part.is_none_or(|part| part == *index));
-                let blocks = wanted.flat_map(|(_, part)| &part.blocks);
-                blocks.map(|block| guard(block.instance, grant.manifest.birth)).collect()
-            }
-            Answer::Lease(grant) => {
-                grant.manifest.instances().map(|block| guard(block.instance, grant.manifest.birth)).collect()
-            }
-            Answer::Plan(plan) => plan.tail.iter().map(|tail| guard(tail.instance, plan.birth)).collect(),
-            _ => Ok(Vec::new()),
         }
     }
 }

@@ -1,6 +1,11 @@
 //! What a shard actor can be told.
 
+use std::sync::Arc;
+
+use keepwarm_core::registry::{Member, ReplicaSet};
+use keepwarm_core::replica::{CopyFailed, CopyId, Envelope, Role};
 use keepwarm_core::residency::EvictReason;
+use keepwarm_core::session::BlockRef;
 use keepwarm_core::shard::{Answer, PersistError, Record, Ticket, Verb};
 use keepwarm_memory::Block;
 use keepwarm_types::{Birth, SessionKey};
@@ -10,10 +15,6 @@ use crate::admission::Permit;
 use crate::error::Error;
 
 /// Everything a shard actor can be told.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "most messages are the large one; a box would cost an allocation each"
-)]
 pub(crate) enum ShardMsg {
     /// A verb on a session.
     Ask(Ask),
@@ -28,12 +29,40 @@ pub(crate) enum ShardMsg {
         /// Why.
         why: EvictReason,
     },
+    /// Another node's replica says something.
+    Peer(Envelope, Permit),
+    /// The registry's set for this shard.
+    Set(Arc<ReplicaSet>),
+    /// The link to another node is there again.
+    Linked(Member),
+    /// Verified bytes came from the primary; answered once they are kept.
+    Arrived(Vec<Block>, oneshot::Sender<()>),
+    /// Bytes were copied to another node, or not; or fetched, and here they are.
+    Copied(CopyId, Result<Vec<Block>, CopyFailed>),
+    /// Another node's replica wants these bytes: guards of all of them, or nothing.
+    Lend(Vec<BlockRef>, Birth, oneshot::Sender<Option<Vec<Block>>>),
+    /// The registry's answer to a round.
+    RegistryConfirmed(u64),
+    /// The registry did not take a proposal.
+    ProposalFailed,
     /// A deadline of the core's has passed.
     Tick,
-    /// How many sessions are here.
-    Count(oneshot::Sender<u64>),
+    /// What is here.
+    Count(oneshot::Sender<ShardFigures>),
     /// A test wants to see what a panic does.
     Panic,
+}
+
+/// What a shard actor has.
+#[derive(Debug, Clone)]
+pub(crate) struct ShardFigures {
+    pub(crate) sessions: u64,
+    pub(crate) role: Role,
+    pub(crate) set: Arc<ReplicaSet>,
+    /// Sessions with fewer copies than they should have; a primary's.
+    pub(crate) under_replicated: u64,
+    /// Sessions whose bytes would be missed if this node stopped now.
+    pub(crate) needed: u64,
 }
 
 /// A verb, the guards that its write brought, and the place to answer to.

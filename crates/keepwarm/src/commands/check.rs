@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use keepwarm_config::{Config, DeviceKind, LoadError, NodeConfig};
+use keepwarm_config::{Bootstrap, Config, DeviceKind, NodeConfig};
 use keepwarm_types::{Bytes, NodeName};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
+use super::cert::{Folder, node_files};
 use crate::cli::CheckArgs;
 use crate::failure::Failure;
 use crate::output::{Output, Table};
@@ -17,17 +18,18 @@ const FILES_WANTED: u64 = 4096 + 64;
 /// How a check of the machine ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+pub(super) enum Verdict {
     Ok,
     Warning,
     Error,
 }
 
+/// One thing that was looked at.
 #[derive(Debug, Serialize)]
-struct Finding {
-    subject: String,
-    verdict: Verdict,
-    detail: String,
+pub(super) struct Finding {
+    pub(super) subject: String,
+    pub(super) verdict: Verdict,
+    pub(super) detail: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -37,14 +39,14 @@ struct Report {
     nodes: Vec<String>,
     tenants: usize,
     models: Vec<String>,
+    /// What is valid but weak.
+    warnings: Vec<String>,
     host: Vec<Finding>,
 }
 
 /// Reads a file; what is wrong with it is a failure with code 78.
 pub(crate) fn load(path: &Path) -> Result<Config, Failure> {
-    Config::load(path).map_err(|error| match error {
-        LoadError::Io { .. } | LoadError::Invalid(_) => Failure::config(error),
-    })
+    Config::load(path).map_err(Failure::config)
 }
 
 /// The node that is meant: by its name, or the only one.
@@ -64,7 +66,12 @@ pub(crate) fn run(args: &CheckArgs, output: Output) -> Result<(), Failure> {
     let host = match (args.host, &config) {
         (false, _) => Vec::new(),
         (true, None) => examine(None),
-        (true, Some(config)) => examine(Some(node(config, args.node.as_ref())?)),
+        (true, Some(config)) => {
+            let node = node(config, args.node.as_ref())?;
+            let mut findings = examine(Some(node));
+            findings.extend(cluster(config, node));
+            findings
+        }
     };
     let names = |config: &Config| config.nodes.iter().map(|node| node.name.to_string()).collect();
     let report = Report {
@@ -76,6 +83,7 @@ pub(crate) fn run(args: &CheckArgs, output: Output) -> Result<(), Failure> {
             .iter()
             .flat_map(|config| config.models.iter().map(|model| model.name.clone()))
             .collect(),
+        warnings: config.as_ref().map(Config::warnings).unwrap_or_default(),
         host,
     };
     output.show(&report, text)?;
@@ -95,6 +103,9 @@ fn text(report: &Report) -> String {
             report.nodes.join(", "),
             report.tenants
         ));
+    }
+    for warning in &report.warnings {
+        text.push_str(&format!("warning: {warning}\n"));
     }
     let mut table = Table::default();
     for finding in &report.host {
@@ -127,7 +138,7 @@ fn examine(node: Option<&NodeConfig>) -> Vec<Finding> {
     findings
 }
 
-fn finding(subject: &str, verdict: Verdict, detail: impl Into<String>) -> Finding {
+pub(super) fn finding(subject: &str, verdict: Verdict, detail: impl Into<String>) -> Finding {
     Finding { subject: subject.to_owned(), verdict, detail: detail.into() }
 }
 
@@ -210,6 +221,47 @@ fn address(http: &str) -> Finding {
     }
 }
 
+/// What a node of several needs beside a machine: its peers' port, its certificates, the bootstrap file.
+fn cluster(config: &Config, node: &NodeConfig) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    findings.extend(node.peer.as_deref().filter(|_| config.is_cluster()).map(peer));
+    if let Some(tls) = &config.tls {
+        findings.extend(node_files(&Folder::of(tls), &config.name, &node.name));
+    }
+    findings.extend(bootstrap(config, node));
+    findings
+}
+
+fn peer(address: &str) -> Finding {
+    match std::net::UdpSocket::bind(address) {
+        Ok(_) => finding("peer", Verdict::Ok, format!("{address} (UDP) is free")),
+        Err(error) => finding("peer", Verdict::Error, format!("{address} (UDP): {error}")),
+    }
+}
+
+/// The bootstrap file is there until the cluster has started; later nodes and other machines need none.
+fn bootstrap(config: &Config, node: &NodeConfig) -> Option<Finding> {
+    let path = config.path_of(Bootstrap::FILE);
+    let found = match Bootstrap::of(config) {
+        Ok(found) => found?,
+        Err(error) => return Some(finding("bootstrap", Verdict::Error, error.to_string())),
+    };
+    let gone: Vec<_> =
+        found.voters.iter().filter(|name| config.node(name).is_none()).map(|name| name.as_str()).collect();
+    Some(if !gone.is_empty() {
+        let detail = format!(
+            "{}: names {}, which cluster.toml has not: a cluster that has not started yet cannot start so",
+            path.display(),
+            gone.join(", ")
+        );
+        finding("bootstrap", Verdict::Warning, detail)
+    } else if found.voters.contains(&node.name) {
+        finding("bootstrap", Verdict::Ok, format!("{} may start the cluster", node.name))
+    } else {
+        finding("bootstrap", Verdict::Ok, format!("{} joins; others start the cluster", node.name))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -239,6 +291,8 @@ mod tests {
         assert_eq!(memory(1).verdict, Verdict::Ok);
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(address(&taken.local_addr().unwrap().to_string()).verdict, Verdict::Error);
+        let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(peer(&taken.local_addr().unwrap().to_string()).verdict, Verdict::Error);
         assert_eq!(device(0, &DeviceKind::Cuda(0)).verdict, Verdict::Error);
         assert_eq!(folder(Path::new("/proc/no")).verdict, Verdict::Error);
     }

@@ -1,8 +1,10 @@
 //! The commands that ask a node, or look at a file or this machine.
 
 pub(crate) mod bench;
+pub(crate) mod cert;
 pub(crate) mod chat;
 pub(crate) mod check;
+pub(crate) mod init;
 pub(crate) mod model;
 pub(crate) mod sessions;
 pub(crate) mod status;

@@ -56,7 +56,13 @@ fn text(status: &Status) -> String {
             let counts = [gpu.sessions.to_string(), gpu.leases.to_string()];
             table.row(places.into_iter().chain(fill(&gpu.arena)).chain(counts));
         }
-        let pinned = &node.pinned;
+        let Some(pinned) = &node.pinned else {
+            let why = node.reason.as_deref().unwrap_or("");
+            let state = if why.is_empty() { node.status.clone() } else { format!("{}: {why}", node.status) };
+            let rest = std::iter::repeat_n("-".to_owned(), 5);
+            table.row([node.name.clone(), "-".to_owned(), "-".to_owned(), state].into_iter().chain(rest));
+            continue;
+        };
         let locked = match (pinned.locked, &pinned.reason) {
             (true, _) => "locked".to_owned(),
             (false, Some(why)) => format!("not locked: {why}"),

@@ -164,7 +164,9 @@ impl Screen {
             for gpu in &node.gpus {
                 board.fills.push(Fill::new(format!("gpu {}", gpu.gpu), &gpu.arena, gpu.sessions));
             }
-            board.fills.push(Fill::new("pinned".to_owned(), &node.pinned.arena, node.pinned.sessions));
+            if let Some(pinned) = &node.pinned {
+                board.fills.push(Fill::new("pinned".to_owned(), &pinned.arena, pinned.sessions));
+            }
         }
         for row in &mut board.rows {
             if let Some(session) = page.sessions.iter().find(|session| session.id == row.session) {

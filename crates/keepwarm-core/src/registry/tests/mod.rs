@@ -1,3 +1,9 @@
+//! The registry's state machine.
+
+mod delta;
+mod detector;
+mod planning;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use keepwarm_types::{Generation, Incarnation, NodeName, ShardCount, ShardId, Timestamp};
@@ -22,6 +28,7 @@ fn registration(n: u16, disk: u128) -> Registration {
         zone: format!("rack-{}", n % 3),
         stores: true,
         certificate: [0; 32],
+        process: Uuid::new_v4(),
     }
 }
 

@@ -1,0 +1,286 @@
+//! Any node answers any request: what belongs to another node's session is relayed there, once.
+//!
+//! The owner gets the client's own HTTP request over the peer link, with the tenant that the first node found, and
+//! answers as if it had been asked itself. A request that came by relay is never relayed again. While a shard's owner
+//! changes, a request that was not sent yet waits a moment for the next one.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, Uri, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures::StreamExt;
+use hyper_util::rt::TokioIo;
+use keepwarm_node::{Handle, IncomingRelay, RelayedCaller, Whereabouts};
+use keepwarm_types::{NodeName, SessionId};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+use tower::ServiceExt;
+
+use crate::auth::Caller;
+use crate::extract::{JSON_BYTES_MAX, collect, session_of};
+use crate::openai::named_session;
+use crate::problem::Problem;
+use crate::routes::{ApiState, request_id};
+
+/// How long a request waits for its session's next owner: a take-over is a fraction of a second.
+const MOVING_WAIT: Duration = Duration::from_millis(1500);
+/// How long the owner may take to begin its answer: a write waits for its replicas up to five seconds, a completion
+/// for its turn.
+const HEAD_WAIT: Duration = Duration::from_secs(120);
+/// Relayed requests at work at once.
+const RELAYED_MAX: usize = 1024;
+/// Bytes of an archive that surely have its id: magic, length, `{"id":"` and a UUID.
+const ARCHIVE_HEAD: usize = 11 + 7 + 36;
+
+/// Where a request belongs.
+enum Target {
+    /// To no session, or to this node whatever it is.
+    Here,
+    /// To a session.
+    Session(SessionId),
+    /// To any node that owns shards: a session without an id.
+    Anywhere,
+}
+
+/// Serves what other nodes relay, until their links end.
+pub async fn serve_relayed(mut relays: mpsc::Receiver<IncomingRelay>, router: Router) {
+    let limit = Arc::new(Semaphore::new(RELAYED_MAX));
+    while let Some(relay) = relays.recv().await {
+        let Ok(permit) = Arc::clone(&limit).acquire_owned().await else { return };
+        let router = router.clone();
+        tokio::spawn(async move {
+            let IncomingRelay { caller, from, stream } = relay;
+            let service = tower::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+                let router = router.clone();
+                let extensions = request.extensions_mut();
+                extensions.insert(caller.clone());
+                extensions.insert(ConnectInfo(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+                router.oneshot(request)
+            });
+            let service = hyper_util::service::TowerToHyperService::new(service);
+            let connection = hyper::server::conn::http1::Builder::new()
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, %from, "a relayed request ended early");
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// Sends a request to its owner, if that is another node.
+pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, next: Next) -> Response {
+    if !state.handle.in_cluster() || request.extensions().get::<RelayedCaller>().is_some() {
+        return next.run(request).await;
+    }
+    let (mut parts, body) = request.into_parts();
+    // Whoever may not ask is told so by the route.
+    let caller = match Caller::from_request_parts(&mut parts, &state).await {
+        Ok(caller) => caller,
+        Err(_) => return next.run(Request::from_parts(parts, body)).await,
+    };
+    let (target, body) = match target(&parts.method, &parts.uri, &parts.headers, &caller, body).await {
+        Ok(found) => found,
+        Err(problem) => return problem.into_response(),
+    };
+    let deadline = Instant::now() + MOVING_WAIT;
+    let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
+    loop {
+        let whereabouts = match target {
+            Target::Here => Whereabouts::Here,
+            Target::Session(id) => state.handle.whereabouts(id),
+            Target::Anywhere => state.handle.anywhere(),
+        };
+        let changed = state.handle.map_changes();
+        let reason = match whereabouts {
+            Whereabouts::Here => return next.run(Request::from_parts(parts, body)).await,
+            Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
+            Whereabouts::At(node) => match state.handle.relay(&node, &relayed).await {
+                Ok(stream) if matches!(parts.method, Method::GET | Method::HEAD) => {
+                    // Asked twice it does no harm: what breaks off goes to the next owner.
+                    let mut again = Request::new(Body::empty());
+                    again.method_mut().clone_from(&parts.method);
+                    again.uri_mut().clone_from(&parts.uri);
+                    again.headers_mut().clone_from(&parts.headers);
+                    match forward(&state.handle, &node, stream, again).await {
+                        Ok(response) => return response,
+                        Err(error) => error,
+                    }
+                }
+                Ok(stream) => {
+                    let request = Request::from_parts(parts, body);
+                    let answer = forward(&state.handle, &node, stream, request).await;
+                    return answer
+                        .unwrap_or_else(|error| Problem::new("outcome_unknown", error).into_response());
+                }
+                Err(error) => error.to_string(),
+            },
+        };
+        // Nothing was sent: the next owner may take it.
+        if tokio::time::timeout_at(deadline, changed).await.is_err() {
+            return Problem::from(keepwarm_node::Error::Unavailable {
+                reason,
+                retry_after: keepwarm_types::Millis(300),
+            })
+            .into_response();
+        }
+    }
+}
+
+/// Where a request belongs; a body that had to be looked at comes back whole.
+async fn target(
+    method: &Method,
+    uri: &Uri,
+    headers: &HeaderMap,
+    caller: &Caller,
+    body: Body,
+) -> Result<(Target, Body), Problem> {
+    let path = uri.path();
+    if matches!(path, "/v1/chat/completions" | "/v1/completions") {
+        let target = named_session(headers, &caller.tenant)?.map_or(Target::Here, Target::Session);
+        return Ok((target, body));
+    }
+    let Some(rest) = path.strip_prefix("/v1/sessions") else { return Ok((Target::Here, body)) };
+    match rest.trim_start_matches('/').split('/').next().unwrap_or_default() {
+        "" if method == Method::POST => {
+            let bytes = collect(body, JSON_BYTES_MAX).await?;
+            Ok((created(&bytes), Body::from(bytes)))
+        }
+        "" => Ok((Target::Here, body)),
+        "import" => imported(uri, body).await,
+        text => {
+            let text = percent_decoded(text);
+            // A wrong id is the route's to refuse.
+            let target = session_of(&text, &caller.tenant).map_or(Target::Here, Target::Session);
+            Ok((target, body))
+        }
+    }
+}
+
+/// A session to make: where its id lies, near another, or anywhere. What is no JSON is the route's to refuse.
+fn created(bytes: &[u8]) -> Target {
+    let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+    let id = |name: &str| value.get(name)?.as_str()?.parse().ok();
+    id("id").or_else(|| id("near")).map_or(Target::Anywhere, Target::Session)
+}
+
+/// An archive: where the wanted id lies, or its own.
+async fn imported(uri: &Uri, body: Body) -> Result<(Target, Body), Problem> {
+    let wanted =
+        uri.query().into_iter().flat_map(|query| query.split('&')).find_map(|pair| pair.strip_prefix("id="));
+    if let Some(id) = wanted {
+        return Ok((id.parse().map_or(Target::Here, Target::Session), body));
+    }
+    let mut stream = body.into_data_stream();
+    let mut head = Vec::new();
+    while head.len() < ARCHIVE_HEAD {
+        match stream.next().await {
+            Some(Ok(chunk)) => head.extend_from_slice(&chunk),
+            Some(Err(error)) => {
+                return Err(Problem::new("malformed_request", format!("the body broke off: {error}")));
+            }
+            None => break,
+        }
+    }
+    let id = head.get(11..ARCHIVE_HEAD).and_then(|head| head.strip_prefix(br#"{"id":""#));
+    let id: Option<SessionId> = id.and_then(|id| std::str::from_utf8(id).ok()?.parse().ok());
+    let whole = futures::stream::once(async move { Ok(bytes::Bytes::from(head)) }).chain(stream);
+    Ok((id.map_or(Target::Here, Target::Session), Body::from_stream(whole)))
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let pair = || -> Option<u8> {
+            let hex: String = rest.clone().take(2).map(char::from).collect();
+            u8::from_str_radix(&hex, 16).ok().filter(|_| hex.len() == 2)
+        };
+        match (byte, pair()) {
+            (b'%', Some(decoded)) => {
+                bytes.push(decoded);
+                let _ = (rest.next(), rest.next());
+            }
+            _ => bytes.push(byte),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Sends the request and gives the owner's answer. From the first byte on the outcome of a change is what the owner
+/// says, or unknown; the error says what broke.
+//= GUARANTEES.md#G3
+async fn forward(
+    handle: &Handle,
+    node: &NodeName,
+    stream: keepwarm_node::RelayStream,
+    mut request: Request,
+) -> Result<Response, String> {
+    let broke = |error: &dyn std::fmt::Display| {
+        tracing::debug!(%node, %error, "a relayed request broke off");
+        format!("node '{node}', which owns the session, went away")
+    };
+    if let Some(path) = request.uri().path_and_query().cloned() {
+        *request.uri_mut() = Uri::from(path);
+    }
+    let headers = request.headers_mut();
+    headers.remove(header::AUTHORIZATION);
+    headers.remove(header::CONNECTION);
+    headers.insert(header::HOST, HeaderValue::from_static("keepwarm"));
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let (mut sender, connection) = match handshake {
+        Ok(opened) => opened,
+        Err(error) => return Err(broke(&error)),
+    };
+    let driven = tokio::spawn(connection);
+    let answer = tokio::time::timeout(HEAD_WAIT, sender.send_request(request)).await;
+    let response = match answer {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => return Err(broke(&error)),
+        Err(_) => {
+            driven.abort();
+            return Err(broke(&format!("no answer within {} s", HEAD_WAIT.as_secs())));
+        }
+    };
+    let (mut parts, body) = response.into_parts();
+    parts.headers.remove(header::CONNECTION);
+    parts.headers.remove(header::TRANSFER_ENCODING);
+    if let Ok(value) = HeaderValue::from_str(node.as_str()) {
+        parts.headers.insert("keepwarm-owner", value);
+    }
+    handle.metrics().relayed();
+    Ok(Response::from_parts(parts, Body::new(body)))
+}
+
+/// Asks another node in a client's name; the answer's JSON, if it gave one.
+pub(crate) async fn ask(
+    state: &ApiState,
+    node: &NodeName,
+    caller: &Caller,
+    method: Method,
+    path: &str,
+) -> Result<serde_json::Value, Problem> {
+    let relayed =
+        RelayedCaller { tenant: caller.tenant.clone(), admin: caller.admin, request_id: request_id() };
+    let stream = state.handle.relay(node, &relayed).await?;
+    let request = Request::builder().method(method).uri(path).body(Body::empty());
+    let request = request.map_err(|error| Problem::new("internal", error.to_string()))?;
+    let response = forward(&state.handle, node, stream, request).await;
+    let response = response.map_err(|error| Problem::new("unavailable", error))?;
+    let status = response.status();
+    let bytes = collect(response.into_body(), JSON_BYTES_MAX).await?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Problem::new("unavailable", format!("node '{node}' answered no JSON: {error}")))?;
+    if status.is_success() {
+        return Ok(value);
+    }
+    let detail = value.get("detail").and_then(|detail| detail.as_str()).unwrap_or("no reason given");
+    Err(Problem::new("unavailable", format!("node '{node}' answered {status}: {detail}")))
+}

@@ -1,0 +1,249 @@
+//! Whose process has failed, from what several nodes report to the leader.
+//!
+//! Every node reports whom it has not heard for long. The leader's [`Detector`] believes two, or all that could
+//! know; one alone who misses a node that others hear is himself the odd one. It keeps nothing across leaders: who
+//! has just been elected waits for one fresh round. It reads no clock and sends nothing: events in, findings out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
+
+use super::entry::Entry;
+use super::state::{NodeStatus, Registry};
+
+/// Who has not been heard, and for how long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unheard {
+    /// Which node.
+    pub node: NodeName,
+    /// Which process of it the reporter knows.
+    pub incarnation: Incarnation,
+    /// Since when.
+    pub silent: Millis,
+}
+
+/// What one node has to say of its peers. Whoever is not listed was heard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthReport {
+    /// Who reports.
+    pub from: NodeName,
+    /// Which process of it.
+    pub from_incarnation: Incarnation,
+    /// Peers unheard for longer than [`DetectorSettings::suspect_after`].
+    pub unheard: Vec<Unheard>,
+}
+
+/// When silence counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DetectorSettings {
+    /// A peer unheard for this long may have failed.
+    pub suspect_after: Millis,
+    /// A report counts for this long.
+    pub fresh_for: Millis,
+    /// A node that is down for this long and has last copies is given up, as an operator would; never, where none.
+    pub give_up_after: Option<Millis>,
+}
+
+impl Default for DetectorSettings {
+    /// 400 ms are eight missed heartbeats of 50 ms; 300 ms six missed reports; nothing is given up by itself.
+    fn default() -> Self {
+        Self { suspect_after: Millis(400), fresh_for: Millis(300), give_up_after: None }
+    }
+}
+
+/// What the detector is told.
+#[derive(Debug, Clone)]
+pub enum DetectorEvent<'a> {
+    /// A node reports.
+    Report(HealthReport),
+    /// Time has passed; the registry as applied now.
+    Tick(&'a Registry),
+    /// A [`Finding::Failed`] or [`Finding::Overdue`] was certainly not applied: it may be found again.
+    NotApplied {
+        /// The accused.
+        node: NodeName,
+        /// Which process of it.
+        incarnation: Incarnation,
+    },
+}
+
+/// What the detector concludes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// A process has failed: propose this [`Entry::Down`].
+    Failed(Entry),
+    /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both. Said once;
+    /// [`Detector::isolated`] has it for as long as it stands.
+    Isolated {
+        /// The odd one.
+        accuser: NodeName,
+        /// Whom it does not hear.
+        accused: NodeName,
+    },
+    /// A node with last copies is down for longer than [`DetectorSettings::give_up_after`]: give it up.
+    Overdue {
+        /// Which node.
+        node: NodeName,
+        /// Which process of it.
+        incarnation: Incarnation,
+    },
+}
+
+type Process = (NodeName, Incarnation);
+
+/// The leader's view of everybody's view.
+#[derive(Debug)]
+pub struct Detector {
+    settings: DetectorSettings,
+    since: Timestamp,
+    settled: bool,
+    reports: BTreeMap<NodeName, (Timestamp, HealthReport)>,
+    proposed: BTreeSet<Process>,
+    isolated: BTreeSet<(Process, Process)>,
+    /// Since when this leader knows that they are down.
+    down: BTreeMap<Process, Timestamp>,
+}
+
+impl Detector {
+    /// Of a leader elected at `now`.
+    #[must_use]
+    pub const fn new(settings: DetectorSettings, now: Timestamp) -> Self {
+        Self {
+            settings,
+            since: now,
+            settled: false,
+            reports: BTreeMap::new(),
+            proposed: BTreeSet::new(),
+            isolated: BTreeSet::new(),
+            down: BTreeMap::new(),
+        }
+    }
+
+    /// Who alone does not hear whom, as of the last tick: what [`plan_apart`](super::plan_apart) plans around.
+    #[must_use]
+    pub fn isolated(&self) -> BTreeSet<(NodeName, NodeName)> {
+        self.isolated.iter().map(|(accuser, accused)| (accuser.0.clone(), accused.0.clone())).collect()
+    }
+
+    /// Takes an event; concludes on ticks alone.
+    pub fn on(&mut self, now: Timestamp, event: DetectorEvent<'_>) -> Vec<Finding> {
+        match event {
+            DetectorEvent::Report(report) => {
+                let older =
+                    |known: &(Timestamp, HealthReport)| known.1.from_incarnation > report.from_incarnation;
+                if !self.reports.get(&report.from).is_some_and(older) {
+                    self.reports.insert(report.from.clone(), (now, report));
+                }
+                Vec::new()
+            }
+            DetectorEvent::NotApplied { node, incarnation } => {
+                let process = (node, incarnation);
+                self.down.remove(&process);
+                self.proposed.remove(&process);
+                Vec::new()
+            }
+            DetectorEvent::Tick(registry) => self.conclude(now, registry),
+        }
+    }
+
+    fn conclude(&mut self, now: Timestamp, registry: &Registry) -> Vec<Finding> {
+        let live: BTreeMap<&NodeName, Incarnation> = registry
+            .nodes()
+            .iter()
+            .filter(|node| node.status != NodeStatus::Down)
+            .map(|node| (&node.registration.node, node.incarnation))
+            .collect();
+        self.forget(&live);
+        let mut findings = self.overdue(now, registry);
+        let fresh: Vec<&HealthReport> = self
+            .reports
+            .values()
+            .filter(|(at, _)| now.since(*at) <= self.settings.fresh_for)
+            .map(|(_, report)| report)
+            .filter(|report| live.get(&report.from) == Some(&report.from_incarnation))
+            .collect();
+        // One round: everybody has reported, is missed by somebody who has, or had the time to.
+        let spoken_of = |node: &NodeName| {
+            fresh.iter().any(|report| {
+                report.from == *node || report.unheard.iter().any(|unheard| unheard.node == *node)
+            })
+        };
+        self.settled |=
+            live.keys().all(|node| spoken_of(node)) || now.since(self.since) >= self.settings.fresh_for;
+        if !self.settled {
+            return findings;
+        }
+        let mut accused: BTreeMap<&NodeName, Vec<(&NodeName, Millis)>> = BTreeMap::new();
+        for report in &fresh {
+            for unheard in &report.unheard {
+                let present = live.get(&unheard.node) == Some(&unheard.incarnation);
+                if present
+                    && unheard.node != report.from
+                    && unheard.silent >= self.settings.suspect_after
+                    && let Some((name, _)) = live.get_key_value(&unheard.node)
+                {
+                    accused.entry(name).or_default().push((&report.from, unheard.silent));
+                }
+            }
+        }
+        for (node, accusers) in accused {
+            let incarnation = live[node];
+            let could = live.len() - 1;
+            if accusers.len() >= could.min(2) {
+                if self.proposed.insert((node.clone(), incarnation)) {
+                    let observers = accusers.iter().map(|(name, _)| (*name).clone()).collect();
+                    findings.push(Finding::Failed(Entry::Down {
+                        node: node.clone(),
+                        incarnation,
+                        observers,
+                    }));
+                }
+                continue;
+            }
+            let [(accuser, silent)] = accusers[..] else { continue };
+            // By then every other report would name the accused too, if it had failed.
+            let sure = Millis(self.settings.suspect_after.0 + 2 * self.settings.fresh_for.0);
+            let heard = fresh.iter().any(|report| report.from != *accuser && report.from != *node);
+            let pair = ((accuser.clone(), live[accuser]), (node.clone(), incarnation));
+            if heard && silent >= sure && self.isolated.insert(pair) {
+                findings.push(Finding::Isolated { accuser: accuser.clone(), accused: node.clone() });
+            }
+        }
+        findings
+    }
+
+    /// Nodes with last copies that are down for too long, each once.
+    fn overdue(&mut self, now: Timestamp, registry: &Registry) -> Vec<Finding> {
+        let Some(give_up_after) = self.settings.give_up_after else { return Vec::new() };
+        let mut down = BTreeMap::new();
+        let mut findings = Vec::new();
+        for node in registry.nodes().iter().filter(|node| node.status == NodeStatus::Down) {
+            let (name, incarnation) = (&node.registration.node, node.incarnation);
+            let process = (name.clone(), incarnation);
+            let mut since = self.down.get(&process).copied().unwrap_or(now);
+            if since != Timestamp::NEVER && now.since(since) >= give_up_after {
+                since = Timestamp::NEVER;
+                if registry.holds(name) {
+                    findings.push(Finding::Overdue { node: name.clone(), incarnation });
+                }
+            }
+            down.insert(process, since);
+        }
+        self.down = down;
+        findings
+    }
+
+    /// Drops what was of processes that are no more, and of accusations that were taken back.
+    fn forget(&mut self, live: &BTreeMap<&NodeName, Incarnation>) {
+        let present = |(node, incarnation): &Process| live.get(node) == Some(incarnation);
+        self.reports
+            .retain(|name, (_, report)| live.get(name).is_some_and(|now| *now <= report.from_incarnation));
+        self.proposed.retain(present);
+        let reports = &self.reports;
+        self.isolated.retain(|(accuser, accused)| {
+            let stands = |unheard: &Unheard| unheard.node == accused.0 && unheard.incarnation == accused.1;
+            let still = reports.get(&accuser.0).is_some_and(|(_, report)| report.unheard.iter().any(stands));
+            present(accuser) && present(accused) && still
+        });
+    }
+}

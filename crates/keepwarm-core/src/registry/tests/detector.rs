@@ -1,0 +1,188 @@
+//! Who is declared failed, and who is the odd one.
+
+use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
+
+use super::{cluster, down, name, primaries, register, settle};
+use crate::registry::{
+    Change, Detector, DetectorEvent, DetectorSettings, Entry, Finding, HealthReport, Registry, Response,
+    Unheard, plan_apart,
+};
+
+const SUSPECT: Millis = Millis(400);
+
+fn detector() -> Detector {
+    Detector::new(DetectorSettings::default(), Timestamp(0))
+}
+
+fn incarnation(registry: &Registry, n: u16) -> Incarnation {
+    registry.node(&name(n)).unwrap().incarnation
+}
+
+fn report(registry: &Registry, from: u16, unheard: &[(u16, Millis)]) -> DetectorEvent<'static> {
+    let unheard = unheard
+        .iter()
+        .map(|(n, silent)| Unheard {
+            node: name(*n),
+            incarnation: incarnation(registry, *n),
+            silent: *silent,
+        })
+        .collect();
+    let from_incarnation = incarnation(registry, from);
+    DetectorEvent::Report(HealthReport { from: name(from), from_incarnation, unheard })
+}
+
+fn told(detector: &mut Detector, now: u64, registry: &Registry, reports: &[(u16, &[(u16, Millis)])]) {
+    for (from, unheard) in reports {
+        assert_eq!(detector.on(Timestamp(now), report(registry, *from, unheard)), []);
+    }
+}
+
+fn tick(detector: &mut Detector, now: u64, registry: &Registry) -> Vec<Finding> {
+    detector.on(Timestamp(now), DetectorEvent::Tick(registry))
+}
+
+fn failed(registry: &Registry, n: u16, observers: &[u16]) -> Finding {
+    let observers: Vec<NodeName> = observers.iter().map(|n| name(*n)).collect();
+    Finding::Failed(Entry::Down { node: name(n), incarnation: incarnation(registry, n), observers })
+}
+
+#[test]
+fn two_that_do_not_hear_a_node_declare_it_once() {
+    let mut registry = cluster(3, 4, 2);
+    let mut detector = detector();
+    told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)]), (2, &[(3, SUSPECT)])]);
+    let found = tick(&mut detector, 20, &registry);
+    assert_eq!(found, [failed(&registry, 3, &[1, 2])]);
+    told(&mut detector, 30, &registry, &[(1, &[(3, Millis(450))]), (2, &[(3, Millis(450))])]);
+    assert_eq!(tick(&mut detector, 40, &registry), [], "never twice");
+    let Finding::Failed(entry) = &found[0] else { panic!("{found:?}") };
+    assert_eq!(registry.apply(entry).response, Response::Done);
+    assert_eq!(tick(&mut detector, 50, &registry), []);
+}
+
+#[test]
+fn what_was_certainly_not_applied_is_found_again() {
+    let registry = cluster(3, 4, 2);
+    let mut detector = detector();
+    told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)]), (2, &[(3, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 20, &registry).len(), 1);
+    let again = DetectorEvent::NotApplied { node: name(3), incarnation: incarnation(&registry, 3) };
+    assert_eq!(detector.on(Timestamp(30), again), []);
+    assert_eq!(tick(&mut detector, 40, &registry), [failed(&registry, 3, &[1, 2])]);
+}
+
+#[test]
+fn one_is_enough_only_where_nobody_else_could_know() {
+    let mut registry = cluster(3, 4, 2);
+    let mut detector = detector();
+    told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)]), (2, &[])]);
+    assert_eq!(tick(&mut detector, 400, &registry), [], "the other one hears it");
+    down(&mut registry, 2, &[1, 3]);
+    told(&mut detector, 410, &registry, &[(1, &[(3, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 420, &registry), [failed(&registry, 3, &[1])]);
+}
+
+#[test]
+fn stale_reports_early_suspicions_and_old_incarnations_do_not_count() {
+    let mut registry = cluster(3, 4, 2);
+    let mut detector = detector();
+    told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)])]);
+    told(&mut detector, 320, &registry, &[(2, &[(3, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 330, &registry), [], "the first is 320 ms old");
+    told(&mut detector, 340, &registry, &[(1, &[(3, Millis(399))]), (2, &[(3, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 350, &registry), [], "unheard for too short a time");
+    let old = report(&registry, 1, &[(3, SUSPECT)]);
+    let accused = report(&registry, 2, &[(3, SUSPECT)]);
+    register(&mut registry, 1, 1);
+    detector.on(Timestamp(360), old);
+    detector.on(Timestamp(360), accused);
+    assert_eq!(tick(&mut detector, 370, &registry), [], "the reporter is another process now");
+    let accused: Vec<_> = [1, 2].map(|from| report(&registry, from, &[(3, SUSPECT)])).into();
+    register(&mut registry, 3, 3);
+    for report in accused {
+        detector.on(Timestamp(380), report);
+    }
+    assert_eq!(tick(&mut detector, 390, &registry), [], "the accused is another process now");
+}
+
+#[test]
+fn a_late_report_of_an_old_process_does_not_replace_a_new_ones() {
+    let mut registry = cluster(3, 4, 2);
+    let mut detector = detector();
+    let old = report(&registry, 1, &[]);
+    register(&mut registry, 1, 1);
+    told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)]), (2, &[(3, SUSPECT)])]);
+    detector.on(Timestamp(20), old);
+    assert_eq!(tick(&mut detector, 30, &registry), [failed(&registry, 3, &[1, 2])]);
+}
+
+#[test]
+fn a_new_leader_waits_for_one_fresh_round() {
+    let registry = cluster(5, 4, 2);
+    let mut detector = Detector::new(DetectorSettings::default(), Timestamp(1000));
+    told(&mut detector, 1010, &registry, &[(1, &[(5, SUSPECT)]), (2, &[(5, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 1020, &registry), [], "3 and 4 have not spoken yet");
+    told(&mut detector, 1030, &registry, &[(3, &[(5, SUSPECT)]), (4, &[])]);
+    assert_eq!(tick(&mut detector, 1040, &registry), [failed(&registry, 5, &[1, 2, 3])]);
+    let mut silent = Detector::new(DetectorSettings::default(), Timestamp(1000));
+    told(&mut silent, 1290, &registry, &[(1, &[(5, SUSPECT)]), (2, &[(5, SUSPECT)])]);
+    assert_eq!(tick(&mut silent, 1299, &registry), []);
+    assert_eq!(tick(&mut silent, 1300, &registry), [failed(&registry, 5, &[1, 2])], "they had the time to");
+}
+
+#[test]
+fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused() {
+    let registry = cluster(3, 16, 2);
+    let mut detector = detector();
+    let long = Millis(1000);
+    told(&mut detector, 10, &registry, &[(1, &[(3, Millis(999))]), (2, &[]), (3, &[])]);
+    assert_eq!(tick(&mut detector, 20, &registry), [], "others may be about to say the same");
+    told(&mut detector, 30, &registry, &[(1, &[(3, long)]), (2, &[]), (3, &[])]);
+    let isolated = Finding::Isolated { accuser: name(1), accused: name(3) };
+    assert_eq!(tick(&mut detector, 40, &registry), std::slice::from_ref(&isolated));
+    told(&mut detector, 50, &registry, &[(1, &[(3, long)]), (2, &[]), (3, &[])]);
+    assert_eq!(tick(&mut detector, 60, &registry), [], "said once");
+    told(&mut detector, 70, &registry, &[(1, &[])]);
+    assert_eq!(tick(&mut detector, 80, &registry), []);
+    told(&mut detector, 90, &registry, &[(1, &[(3, long)]), (2, &[])]);
+    assert_eq!(tick(&mut detector, 95, &registry), [isolated], "and again after it had ended");
+
+    let apart = detector.isolated();
+    assert_eq!(apart, [(name(1), name(3))].into());
+    let mut moved = registry.clone();
+    for _ in 0..primaries(&registry)[&name(1)] {
+        let entries = plan_apart(&moved, 3, 1, &apart);
+        assert!(
+            matches!(&entries[..], [Entry::Change { change: Change::MakePrimary(to), .. }] if *to != name(1))
+        );
+        assert_eq!(moved.apply(&entries[0]).response, Response::Done);
+    }
+    assert!(!primaries(&moved).contains_key(&name(1)), "every set here has both");
+    assert!(plan_apart(&moved, 3, 64, &apart).iter().all(|entry| {
+        matches!(entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(1))
+    }));
+    settle(&mut moved, 3);
+    assert!(primaries(&moved)[&name(1)] >= 5, "its share comes back when it hears again");
+}
+
+#[test]
+fn a_last_copy_that_is_down_for_too_long_is_given_up_once_and_only_if_that_is_wanted() {
+    let mut registry = cluster(2, 4, 1);
+    down(&mut registry, 1, &[2]);
+    down(&mut registry, 2, &[]);
+    let settings = DetectorSettings { give_up_after: Some(Millis(60_000)), ..DetectorSettings::default() };
+    let mut impatient = Detector::new(settings, Timestamp(0));
+    assert_eq!(tick(&mut impatient, 10, &registry), []);
+    assert_eq!(tick(&mut impatient, 60_009, &registry), []);
+    let (node, incarnation) = (name(2), incarnation(&registry, 2));
+    let overdue = Finding::Overdue { node: node.clone(), incarnation };
+    let only = [overdue];
+    assert_eq!(tick(&mut impatient, 60_010, &registry), only, "the other one has no last copy");
+    assert_eq!(tick(&mut impatient, 60_020, &registry), []);
+    impatient.on(Timestamp(60_030), DetectorEvent::NotApplied { node, incarnation });
+    assert_eq!(tick(&mut impatient, 60_040, &registry), []);
+    assert_eq!(tick(&mut impatient, 120_040, &registry), only);
+    let mut patient = detector();
+    tick(&mut patient, 10, &registry);
+    assert_eq!(tick(&mut patient, u64::MAX - 1, &registry), []);
+}

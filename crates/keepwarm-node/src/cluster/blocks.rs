@@ -1,0 +1,269 @@
+//! Bytes of blocks between the pinned arenas of two nodes, verified where they arrive.
+//!
+//! A stream carries one batch: a header that names the blocks, then their bytes one after another. They go straight
+//! into pinned blocks and are hashed as they come; what does not have its checksum is refused as a whole.
+
+use std::time::Duration;
+
+use bytes::Bytes as Buffer;
+use keepwarm_core::registry::Member;
+use keepwarm_core::replica::CopyFailed;
+use keepwarm_core::session::BlockRef;
+use keepwarm_memory::{Block, BlockHasher, BlockMut, CHUNK_BYTES};
+use keepwarm_transport::{ByteStream, Class, LinkError};
+use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, Tier};
+use keepwarm_wire::Frame;
+use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::Cluster;
+use crate::error::Error;
+use crate::handle::Handle;
+use crate::pinned::Pool;
+use crate::shard::ShardMsg;
+use crate::write::size_class;
+
+/// How long one batch may take: 16 GiB at a tenth of a 10 Gbit/s link would be longer, and is sent in several.
+const BATCH_DEADLINE: Duration = Duration::from_secs(30);
+/// Bytes read from a stream at once.
+const READ_BYTES: usize = 256 << 10;
+
+fn unreachable_by(error: &LinkError) -> CopyFailed {
+    tracing::debug!(%error, "blocks did not get through");
+    CopyFailed::Unreachable
+}
+
+impl Cluster {
+    /// Copies blocks to a holder; done once it has verified and kept them.
+    ///
+    /// Dropping the future resets the stream; the holder then keeps nothing.
+    pub(crate) async fn push(
+        &self,
+        to: &Member,
+        generation: Generation,
+        key: &SessionKey,
+        birth: Birth,
+        blocks: Vec<Block>,
+    ) -> Result<(), CopyFailed> {
+        let refs = blocks.iter().map(crate::write::block_ref).collect();
+        let header = self.header(generation, key, birth, refs, Direction::Push);
+        let work = async {
+            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
+            let opened = self.transport.open(&to.node, Class::Checkpoint, header).await;
+            let mut stream = opened.map_err(|error| unreachable_by(&error))?;
+            let sent = send_blocks(&mut stream, key, birth, &blocks).await;
+            // A holder that refuses answers before it has read all.
+            let answer = read_answer(&mut stream).await;
+            match answer {
+                Ok(answer) => taken(&answer),
+                Err(error) => {
+                    sent.map_err(|error| unreachable_by(&error))?;
+                    Err(unreachable_by(&error))
+                }
+            }
+        };
+        let done = timeout(BATCH_DEADLINE, work).await.unwrap_or(Err(CopyFailed::Unreachable));
+        if done.is_ok()
+            && let Some(handle) = self.handle.get()
+        {
+            let bytes: u64 = blocks.iter().map(|block| block.length() as u64).sum();
+            handle.metrics().moved("pinned", "peer", Bytes(bytes));
+        }
+        done
+    }
+
+    /// Fetches blocks from a holder into pinned memory, verified.
+    pub(crate) async fn pull(
+        &self,
+        from: &Member,
+        generation: Generation,
+        key: &SessionKey,
+        birth: Birth,
+        blocks: Vec<BlockRef>,
+    ) -> Result<Vec<Block>, CopyFailed> {
+        let Some(handle) = self.handle.get() else { return Err(CopyFailed::Unreachable) };
+        let owner = Owner { tenant: key.tenant.clone(), birth };
+        let work = async {
+            let room = handle.reserve_pinned(&owner, Pool::Restore, sizes(&blocks)).await;
+            let room = room.map_err(|error| no_room(&error))?;
+            let header = self.header(generation, key, birth, blocks.clone(), Direction::Pull);
+            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
+            let opened = self.transport.open(&from.node, Class::Restore, header).await;
+            let mut stream = opened.map_err(|error| unreachable_by(&error))?;
+            stream.finish();
+            taken(&read_answer(&mut stream).await.map_err(|error| unreachable_by(&error))?)?;
+            match receive(&mut stream, &blocks, room).await {
+                Ok(received) => Ok(received),
+                Err(Received::Damaged(_, detail)) => {
+                    handle.metrics().checksum_failed("peer");
+                    tracing::error!(%key, %detail, "bytes from another node are damaged");
+                    Err(CopyFailed::Gone)
+                }
+                Err(Received::Broken(error)) => Err(unreachable_by(&error)),
+            }
+        };
+        let pulled = timeout(BATCH_DEADLINE, work).await.unwrap_or(Err(CopyFailed::Unreachable))?;
+        handle.metrics().moved("peer", "pinned", pulled.iter().map(|b| Bytes(b.length() as u64)).sum());
+        Ok(pulled)
+    }
+
+    fn header(
+        &self,
+        generation: Generation,
+        key: &SessionKey,
+        birth: Birth,
+        blocks: Vec<BlockRef>,
+        direction: Direction,
+    ) -> BlocksHeader {
+        let shard = self.count.shard_of(key.id);
+        BlocksHeader { shard, generation, key: key.clone(), birth, blocks, direction }
+    }
+}
+
+/// Serves another node's batch.
+pub(super) async fn serve(handle: Handle, header: BlocksHeader, mut stream: ByteStream) {
+    let served = timeout(BATCH_DEADLINE, async {
+        match header.direction {
+            Direction::Push => take(&handle, header, &mut stream).await,
+            Direction::Pull => lend(&handle, header, &mut stream).await,
+        }
+    });
+    match served.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "a batch of blocks broke off"),
+        Err(_) => tracing::debug!("a batch of blocks took too long"),
+    }
+}
+
+async fn take(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) -> Result<(), LinkError> {
+    let owner = Owner { tenant: header.key.tenant.clone(), birth: header.birth };
+    let answer = match handle.reserve_pinned(&owner, Pool::ReplicaIn, sizes(&header.blocks)).await {
+        Err(error) => {
+            no_room(&error);
+            BlocksAnswer::NoRoom
+        }
+        Ok(room) => match receive(stream, &header.blocks, room).await {
+            Ok(blocks) => keep(handle, &header, blocks).await,
+            Err(Received::Damaged(instance, detail)) => {
+                handle.metrics().checksum_failed("peer");
+                tracing::error!(key = %header.key, %detail, "bytes from another node are damaged");
+                BlocksAnswer::Damaged(instance)
+            }
+            Err(Received::Broken(error)) => return Err(error),
+        },
+    };
+    stream.write_frame(&encoded(&answer)?).await?;
+    stream.finish();
+    Ok(())
+}
+
+/// Gives blocks to their shard; they count once it has them.
+async fn keep(handle: &Handle, header: &BlocksHeader, blocks: Vec<Block>) -> BlocksAnswer {
+    let (kept, told) = oneshot::channel();
+    let Ok(shard) = handle.links().shard(&header.key) else { return BlocksAnswer::Gone };
+    if shard.cast(ShardMsg::Arrived(blocks, kept)).is_err() || told.await.is_err() {
+        return BlocksAnswer::Gone;
+    }
+    BlocksAnswer::Taken
+}
+
+async fn lend(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) -> Result<(), LinkError> {
+    let (reply, lent) = oneshot::channel();
+    let asked = handle
+        .links()
+        .shard(&header.key)
+        .is_ok_and(|shard| shard.cast(ShardMsg::Lend(header.blocks, header.birth, reply)).is_ok());
+    let guards = if asked { lent.await.ok().flatten() } else { None };
+    let Some(guards) = guards else {
+        stream.write_frame(&encoded(&BlocksAnswer::Gone)?).await?;
+        stream.finish();
+        return Ok(());
+    };
+    stream.write_frame(&encoded(&BlocksAnswer::Taken)?).await?;
+    send_blocks(stream, &header.key, header.birth, &guards).await
+}
+
+async fn send_blocks(
+    stream: &mut ByteStream,
+    key: &SessionKey,
+    birth: Birth,
+    blocks: &[Block],
+) -> Result<(), LinkError> {
+    let owner = Owner { tenant: key.tenant.clone(), birth };
+    for block in blocks {
+        let Ok(view) = block.view(&owner, 0..block.length()) else {
+            stream.reset();
+            return Err(LinkError::Closed("a block belongs to another owner".to_owned()));
+        };
+        stream.write_chunk(Buffer::from_owner(view)).await?;
+    }
+    stream.finish();
+    Ok(())
+}
+
+enum Received {
+    Damaged(InstanceId, String),
+    Broken(LinkError),
+}
+
+/// Reads the blocks' bytes into their room, hashing them on the way.
+//= GUARANTEES.md#G5
+async fn receive(
+    stream: &mut ByteStream,
+    refs: &[BlockRef],
+    room: Vec<BlockMut>,
+) -> Result<Vec<Block>, Received> {
+    let mut blocks = Vec::with_capacity(refs.len());
+    let mut rest = Buffer::new();
+    for (wanted, mut block) in refs.iter().zip(room) {
+        let mut hasher = BlockHasher::default();
+        while block.written() < wanted.length as usize {
+            if rest.is_empty() {
+                let chunk = stream.read_chunk(READ_BYTES).await.map_err(Received::Broken)?;
+                rest = chunk
+                    .ok_or_else(|| Received::Broken(LinkError::Closed("the batch ended early".to_owned())))?;
+            }
+            let taken = rest.split_to(rest.len().min(wanted.length as usize - block.written()));
+            // In steps that stay in the first-level cache between the copy and the hash.
+            for step in taken.chunks(4 * CHUNK_BYTES) {
+                let at = block.written();
+                block
+                    .write(at, step)
+                    .map_err(|error| Received::Damaged(wanted.instance, error.to_string()))?;
+                hasher.update(&block.bytes()[at..]);
+            }
+        }
+        let sealed = block.seal_received(wanted.instance, wanted.checksum, hasher.finish());
+        blocks.push(sealed.map_err(|(_, corrupt)| Received::Damaged(wanted.instance, corrupt.to_string()))?);
+    }
+    Ok(blocks)
+}
+
+fn encoded(answer: &BlocksAnswer) -> Result<Frame, LinkError> {
+    answer.encode().map_err(|error| LinkError::Closed(error.to_string()))
+}
+
+async fn read_answer(stream: &mut ByteStream) -> Result<BlocksAnswer, LinkError> {
+    let frame = stream.read_frame().await?;
+    BlocksAnswer::decode(&frame).map_err(|error| LinkError::Closed(error.to_string()))
+}
+
+const fn taken(answer: &BlocksAnswer) -> Result<(), CopyFailed> {
+    match answer {
+        BlocksAnswer::Taken => Ok(()),
+        BlocksAnswer::NoRoom => Err(CopyFailed::NoRoom),
+        BlocksAnswer::Gone | BlocksAnswer::Damaged(_) => Err(CopyFailed::Gone),
+    }
+}
+
+fn no_room(error: &Error) -> CopyFailed {
+    debug_assert!(!matches!(error, Error::NoCapacity { tier: Tier::Hbm, .. }), "pinned memory was asked");
+    tracing::debug!(%error, "no room for another node's blocks");
+    CopyFailed::NoRoom
+}
+
+/// Sizes to reserve, in the blocks' order.
+fn sizes(blocks: &[BlockRef]) -> Vec<(Bytes, usize)> {
+    blocks.iter().map(|block| (size_class(block.length.into(), u64::MAX), 1)).collect()
+}

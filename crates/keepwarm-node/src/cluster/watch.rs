@@ -1,0 +1,130 @@
+//! The registry's news to the shards, and who hears whom to the registry.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use keepwarm_core::registry::{HealthReport, NodeStatus, Unheard};
+use keepwarm_transport::certificate::TlsPaths;
+use keepwarm_transport::quic::QuicTransport;
+use keepwarm_types::Millis;
+
+use super::Cluster;
+use crate::handle::Handle;
+use crate::shard::ShardMsg;
+
+/// How often the certificates' files are looked at.
+const CERTIFICATES_EVERY: Duration = Duration::from_secs(2);
+/// How often this node tells the registry's leader whom it does not hear.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// Tells each shard its set, now and at every change.
+pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
+    let mut map = cluster.map.clone();
+    let mut told = 0;
+    let mut gone = std::collections::BTreeMap::new();
+    loop {
+        let registry = map.borrow_and_update().clone();
+        for shard in registry.shards_since(told) {
+            let (Some(set), Some(actor)) = (registry.set(shard), handle.links().shard_at(shard)) else {
+                continue;
+            };
+            let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
+        }
+        told = registry.version();
+        // Nobody needs to wait for a process that has failed.
+        for node in registry.nodes().iter().filter(|node| node.status == NodeStatus::Down) {
+            let name = &node.registration.node;
+            if *name != cluster.member().node
+                && gone.insert(name.clone(), node.incarnation) != Some(node.incarnation)
+            {
+                cluster.transport().disconnect(name);
+            }
+        }
+        cluster.told.send_replace(Arc::clone(&registry));
+        match fate(&cluster, &registry) {
+            Fate::GoesOn => {}
+            Fate::Replaced(why) => return handle.fail(why),
+            Fate::Superseded(why) => return handle.supersede(why),
+        }
+        if map.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What the registry has made of this process.
+enum Fate {
+    GoesOn,
+    /// Another process has its name.
+    Replaced(String),
+    /// It was taken for failed, and nothing needs it as it is: it may join anew.
+    Superseded(String),
+}
+
+fn fate(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -> Fate {
+    let me = cluster.member();
+    let Some(state) = registry.node(&me.node) else { return Fate::GoesOn };
+    if state.incarnation > me.incarnation {
+        return Fate::Replaced(format!("another process has registered as node '{}'", me.node));
+    }
+    let has = |shard| registry.set(shard).is_some_and(|set| set.replicas.contains(me));
+    if state.status == NodeStatus::Down && !registry.shards().any(has) {
+        return Fate::Superseded(
+            "the cluster took this process for failed and went on without it".to_owned(),
+        );
+    }
+    Fate::GoesOn
+}
+
+/// Reports the peers that have been silent for too long.
+pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
+    let mut ticks = tokio::time::interval(REPORT_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let started = Instant::now();
+    loop {
+        ticks.tick().await;
+        let map = cluster.map();
+        let now = Instant::now();
+        let mut unheard = Vec::new();
+        for peer in cluster.transport().peers() {
+            let silent = now.saturating_duration_since(peer.last_heard.unwrap_or(started));
+            if silent < suspect_after {
+                continue;
+            }
+            if let Some(state) = map.node(&peer.node).filter(|state| state.status != NodeStatus::Down) {
+                let ms = Millis(u64::try_from(silent.as_millis()).unwrap_or(u64::MAX));
+                unheard.push(Unheard { node: peer.node, incarnation: state.incarnation, silent: ms });
+            }
+        }
+        let me = cluster.member();
+        cluster.registry().report(HealthReport {
+            from: me.node.clone(),
+            from_incarnation: me.incarnation,
+            unheard,
+        });
+    }
+}
+
+/// Takes new certificates into use when their files change; while they do not fit each other, the old ones stay.
+pub(super) async fn renew(transport: Arc<QuicTransport>, files: TlsPaths) {
+    let stamps = |files: &TlsPaths| {
+        [&files.ca, &files.certificate, &files.key]
+            .map(|path| std::fs::metadata(path).and_then(|file| file.modified()).ok())
+    };
+    let mut seen = stamps(&files);
+    loop {
+        tokio::time::sleep(CERTIFICATES_EVERY).await;
+        let now = stamps(&files);
+        if now == seen {
+            continue;
+        }
+        match transport.reload() {
+            Ok(()) => {
+                tracing::info!("new certificates are in use");
+                seen = now;
+            }
+            // A renewal replaces one file after the other: the next look finds them whole.
+            Err(error) => tracing::warn!(%error, "the certificates have changed and do not fit yet"),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! What a shard actor has to do with other nodes, as tasks that report back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use keepwarm_catalog::Catalog;
+use keepwarm_core::registry::{Change, Entry, Member, ReplicaSet, Response};
+use keepwarm_core::replica::{Content, CopyFailed, CopyId, Envelope, Message};
+use keepwarm_core::session::{BlockRef, Manifest, TranscriptDelta};
+use keepwarm_memory::Block;
+use keepwarm_types::{Birth, SessionKey, ShardId, Tokens};
+use ractor::ActorRef;
+
+use super::message::ShardMsg;
+use crate::handle::Handle;
+
+/// How long the registry may take for one question or one change.
+const REGISTRY_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Blocks on their way to or from another node.
+pub(super) struct Moved {
+    pub(super) id: CopyId,
+    /// The other node.
+    pub(super) with: Member,
+    pub(super) key: SessionKey,
+    pub(super) birth: Birth,
+    pub(super) blocks: Vec<BlockRef>,
+}
+
+/// A message that cannot be sent is lost; the core sends it again.
+pub(super) fn send(handle: &Handle, envelope: Envelope) {
+    if let Some(cluster) = handle.cluster_link() {
+        cluster.say(envelope);
+    }
+}
+
+/// Completes a session with its transcript, and sends it.
+pub(super) fn send_whole(
+    handle: &Handle,
+    catalog: &Catalog,
+    mut envelope: Envelope,
+    candidates: Vec<Arc<Manifest>>,
+) {
+    let Some(cluster) = handle.cluster_link() else { return };
+    let (cluster, catalog) = (Arc::clone(cluster), catalog.clone());
+    tokio::task::spawn_blocking(move || {
+        let Message::Install(install) = &mut envelope.message else { return };
+        let (stamp, transcript) = match catalog.whole(&install.key) {
+            Ok(Some(whole)) => whole,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!(key = %install.key, %error, "a session cannot be sent whole");
+                return;
+            }
+        };
+        // Another change has come meanwhile: the core asks for that one.
+        let Some(manifest) = candidates.into_iter().find(|manifest| manifest.stamp == stamp) else { return };
+        let whole = TranscriptDelta {
+            keep_tokens: Tokens::ZERO,
+            keep_messages: 0,
+            tokens: transcript.tokens,
+            messages: transcript.messages,
+        };
+        install.content = Content::Live(manifest, whole);
+        cluster.say(envelope);
+    });
+}
+
+/// Copies blocks to another node.
+pub(super) fn copy(
+    handle: &Handle,
+    to: &ActorRef<ShardMsg>,
+    set: &Arc<ReplicaSet>,
+    moved: Moved,
+    guards: Option<Vec<Block>>,
+) {
+    let (Some(cluster), Some(guards)) = (handle.cluster_link(), guards) else {
+        let _ = to.cast(ShardMsg::Copied(moved.id, Err(CopyFailed::Gone)));
+        return;
+    };
+    let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
+    tokio::spawn(async move {
+        let pushed = cluster.push(&moved.with, set.generation, &moved.key, moved.birth, guards).await;
+        let _ = to.cast(ShardMsg::Copied(moved.id, pushed.map(|()| Vec::new())));
+    });
+}
+
+/// Fetches blocks from another node.
+pub(super) fn fetch(handle: &Handle, to: &ActorRef<ShardMsg>, set: &Arc<ReplicaSet>, moved: Moved) {
+    let Some(cluster) = handle.cluster_link() else { return };
+    let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
+    tokio::spawn(async move {
+        let pulled = cluster.pull(&moved.with, set.generation, &moved.key, moved.birth, moved.blocks).await;
+        let _ = to.cast(ShardMsg::Copied(moved.id, pulled));
+    });
+}
+
+/// Proposes a change of the shard's set.
+pub(super) fn propose(
+    handle: &Handle,
+    to: &ActorRef<ShardMsg>,
+    shard: ShardId,
+    set: &Arc<ReplicaSet>,
+    change: Change,
+) {
+    let Some(cluster) = handle.cluster_link() else { return };
+    let (cluster, generation, to) = (Arc::clone(cluster), set.generation, to.clone());
+    tokio::spawn(async move {
+        let entry = Entry::Change { shard, generation, change };
+        match cluster.registry().propose(entry, REGISTRY_DEADLINE).await {
+            Ok(Response::Refused(reason)) => {
+                tracing::debug!(%shard, %reason, "a change of the set was refused");
+                let _ = to.cast(ShardMsg::ProposalFailed);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(%shard, %error, "a change of the set was not taken");
+                let _ = to.cast(ShardMsg::ProposalFailed);
+            }
+        }
+    });
+}
+
+/// Asks the registry whether this set is the present one.
+pub(super) fn confirm(
+    handle: &Handle,
+    to: &ActorRef<ShardMsg>,
+    shard: ShardId,
+    set: &Arc<ReplicaSet>,
+    round: u64,
+) {
+    let Some(cluster) = handle.cluster_link() else {
+        // A cluster of one: nobody could have taken over.
+        let _ = to.cast(ShardMsg::RegistryConfirmed(round));
+        return;
+    };
+    let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
+    tokio::spawn(async move {
+        if let Err(error) = cluster.registry().confirm(REGISTRY_DEADLINE).await {
+            tracing::debug!(%shard, %error, "the registry does not confirm a generation now");
+            return;
+        }
+        let present = cluster.registry().watch().borrow().set(shard);
+        match present {
+            Some(present) if present == *set => {
+                let _ = to.cast(ShardMsg::RegistryConfirmed(round));
+            }
+            Some(present) => {
+                let _ = to.cast(ShardMsg::Set(Arc::new(present)));
+            }
+            None => {}
+        }
+    });
+}

@@ -1,0 +1,162 @@
+//! The two ends of a stream of block bytes: what will come, and what became of it.
+//!
+//! The side that opens the stream sends a [`BlocksHeader`]. Then the bytes of its blocks follow, one after another
+//! and without any framing (the header says how long each is): from the opener for [`Direction::Push`], from the
+//! other side for [`Direction::Pull`]. Whoever took the bytes checks each block against its checksum and ends with a
+//! [`BlocksAnswer`]; a puller that could not be served gets one instead of the first byte.
+
+use keepwarm_core::session::{BLOCK_BYTES_MAX, BlockRef};
+use keepwarm_types::{Birth, Generation, InstanceId, SessionKey, ShardId};
+use rkyv::{Archive, Serialize};
+
+use crate::archive::{Opened, seal};
+use crate::error::{DecodeError, field};
+use crate::frame::Frame;
+use crate::identity::{WireKey, birth, shard};
+use crate::kinds;
+use crate::limits::{CONTROL_BYTES_MAX, TooLong, counter, within};
+use crate::session::WireBlock;
+
+/// Most blocks in one stream: a header of 32 bytes each is half a MiB. At 360 KiB a block (16 tokens of a model of
+/// 60 planes) that is 5.6 GiB; a session that has more is sent in several streams.
+pub const BLOCKS_MAX: usize = 16_384;
+
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From whoever opened the stream.
+    Push,
+    /// To whoever opened the stream.
+    Pull,
+}
+
+/// What a stream is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlocksHeader {
+    /// Which shard.
+    pub shard: ShardId,
+    /// The shard's generation, as the opener knows it.
+    pub generation: Generation,
+    /// Whose bytes.
+    pub key: SessionKey,
+    /// Which life of the session.
+    pub birth: Birth,
+    /// Which blocks, in the order of their bytes. The instances are those of the side that sends the bytes.
+    pub blocks: Vec<BlockRef>,
+    /// Which way they go.
+    pub direction: Direction,
+}
+
+/// What became of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlocksAnswer {
+    /// All blocks are there, verified.
+    Taken,
+    /// There is no room for them.
+    NoRoom,
+    /// The session, that life of it, or a block is not there (any more), or the generation is not the present one.
+    Gone,
+    /// The bytes of this block do not have its checksum.
+    Damaged(InstanceId),
+}
+
+#[derive(Archive, Serialize)]
+struct WireBlocksHeader {
+    shard: u32,
+    generation: u64,
+    key: WireKey,
+    birth: u64,
+    blocks: Vec<WireBlock>,
+    pull: bool,
+}
+
+#[derive(Archive, Serialize)]
+enum WireBlocksAnswer {
+    Taken,
+    NoRoom,
+    Gone,
+    Damaged { instance: u64 },
+}
+
+impl BlocksHeader {
+    /// Makes a frame of it.
+    ///
+    /// # Errors
+    /// [`TooLong`] where there are more than [`BLOCKS_MAX`] blocks.
+    pub fn encode(&self) -> Result<Frame, TooLong> {
+        within("blocks", self.blocks.len(), BLOCKS_MAX)?;
+        let wire = WireBlocksHeader {
+            shard: self.shard.0,
+            generation: self.generation.0,
+            key: (&self.key).into(),
+            birth: self.birth.get(),
+            blocks: self.blocks.iter().map(WireBlock::from).collect(),
+            pull: self.direction == Direction::Pull,
+        };
+        let size_hint = 256 + 32 * self.blocks.len();
+        seal(kinds::BLOCKS_HEADER, "blocks header", &wire, size_hint, CONTROL_BYTES_MAX)
+    }
+
+    /// Reads it from a frame; never panics.
+    ///
+    /// # Errors
+    /// [`DecodeError`] where the frame is of another kind or version, or damaged, or a block is empty or larger than
+    /// any layout allows.
+    pub fn decode(frame: &Frame) -> Result<Self, DecodeError> {
+        let opened = Opened::new(frame, kinds::BLOCKS_HEADER, "blocks header", CONTROL_BYTES_MAX)?;
+        let wire = opened.root::<ArchivedWireBlocksHeader>()?;
+        within("blocks", wire.blocks.len(), BLOCKS_MAX)?;
+        let blocks: Vec<BlockRef> = wire
+            .blocks
+            .iter()
+            .map(|block| block.read("blocks.length", BLOCK_BYTES_MAX))
+            .collect::<Result<_, _>>()?;
+        if blocks.iter().any(|block| block.length == 0) {
+            return Err(field("blocks.length", "a block without bytes"));
+        }
+        Ok(Self {
+            shard: shard(wire.shard.to_native())?,
+            generation: Generation(counter("blocks.generation", wire.generation.to_native())?),
+            key: wire.key.read()?,
+            birth: birth("blocks.birth", wire.birth.to_native())?,
+            blocks,
+            direction: if wire.pull { Direction::Pull } else { Direction::Push },
+        })
+    }
+
+    /// Bytes that follow: at most [`BLOCKS_MAX`] times 4 GiB, so that they always add up.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.blocks.iter().map(|block| u64::from(block.length)).sum()
+    }
+}
+
+impl BlocksAnswer {
+    /// Makes a frame of it.
+    ///
+    /// # Errors
+    /// None: it always fits. The type is that of every other encoder.
+    pub fn encode(&self) -> Result<Frame, TooLong> {
+        let wire = match self {
+            Self::Taken => WireBlocksAnswer::Taken,
+            Self::NoRoom => WireBlocksAnswer::NoRoom,
+            Self::Gone => WireBlocksAnswer::Gone,
+            Self::Damaged(instance) => WireBlocksAnswer::Damaged { instance: instance.0 },
+        };
+        seal(kinds::BLOCKS_ANSWER, "blocks answer", &wire, 16, CONTROL_BYTES_MAX)
+    }
+
+    /// Reads it from a frame; never panics.
+    ///
+    /// # Errors
+    /// [`DecodeError`] where the frame is of another kind or version, or damaged.
+    pub fn decode(frame: &Frame) -> Result<Self, DecodeError> {
+        let opened = Opened::new(frame, kinds::BLOCKS_ANSWER, "blocks answer", CONTROL_BYTES_MAX)?;
+        Ok(match opened.root::<ArchivedWireBlocksAnswer>()? {
+            ArchivedWireBlocksAnswer::Taken => Self::Taken,
+            ArchivedWireBlocksAnswer::NoRoom => Self::NoRoom,
+            ArchivedWireBlocksAnswer::Gone => Self::Gone,
+            ArchivedWireBlocksAnswer::Damaged { instance } => Self::Damaged(InstanceId(instance.to_native())),
+        })
+    }
+}

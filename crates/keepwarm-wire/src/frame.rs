@@ -1,0 +1,242 @@
+//! A frame: what a stream carries, one after another.
+//!
+//! A header of fixed size (magic, version, kind, payload length, checksum; little endian), then the payload. The
+//! length is compared with its limit before anything is allocated for it.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use twox_hash::XxHash3_64;
+
+use crate::limits::ENVELOPE_BYTES_MAX;
+
+/// What every frame begins with.
+const MAGIC: [u8; 4] = *b"KWF1";
+/// Version of the header itself. A payload says its own.
+const FORMAT: u16 = 1;
+/// Bytes of a header: magic, format, kind, length, checksum.
+pub const HEADER_BYTES: usize = 4 + 2 + 2 + 4 + 8;
+/// Longest payload: the largest that this crate makes.
+pub const FRAME_BYTES_MAX: usize = ENVELOPE_BYTES_MAX;
+
+const _: () = assert!(FRAME_BYTES_MAX <= u32::MAX as usize);
+
+/// One frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// What the payload is: see [`crate::kinds`].
+    pub kind: u16,
+    /// The payload.
+    pub payload: Bytes,
+}
+
+/// What is wrong with a frame.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The bytes are no frame: another protocol, or the stream lost its place.
+    #[error("not a frame: it begins with {0:02x?}")]
+    Garbage([u8; 4]),
+    /// The header is of a version that this node does not know.
+    #[error("a frame of format {0}; this keepwarm speaks {FORMAT}: run the newer one on both nodes")]
+    Newer(u16),
+    /// The payload is longer than any may be.
+    #[error("a frame of {0} bytes is more than the {FRAME_BYTES_MAX} that may be")]
+    TooLong(usize),
+    /// The bytes end within a frame.
+    #[error("the bytes end within a frame: {0} more were announced; the sender broke off, ask it again")]
+    CutShort(usize),
+    /// The payload is not what was sent.
+    #[error("a frame of kind {0:#06x} does not have its checksum")]
+    Checksum(u16),
+}
+
+/// A header that was read and checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameHeader {
+    kind: u16,
+    length: usize,
+    checksum: u64,
+}
+
+impl FrameHeader {
+    /// Bytes of the payload that follows.
+    #[must_use]
+    pub const fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The frame, with its payload.
+    ///
+    /// # Errors
+    /// [`FrameError::Checksum`].
+    pub fn frame(&self, payload: Bytes) -> Result<Frame, FrameError> {
+        if payload.len() != self.length || XxHash3_64::oneshot(&payload) != self.checksum {
+            return Err(FrameError::Checksum(self.kind));
+        }
+        Ok(Frame { kind: self.kind, payload })
+    }
+}
+
+/// A frame as bytes.
+///
+/// # Errors
+/// [`FrameError::TooLong`].
+pub fn encode_frame(frame: &Frame) -> Result<Bytes, FrameError> {
+    let length = frame.payload.len();
+    let short = u32::try_from(length).ok().filter(|_| length <= FRAME_BYTES_MAX);
+    let short = short.ok_or(FrameError::TooLong(length))?;
+    let mut bytes = BytesMut::with_capacity(HEADER_BYTES + length);
+    bytes.put_slice(&MAGIC);
+    bytes.put_u16_le(FORMAT);
+    bytes.put_u16_le(frame.kind);
+    bytes.put_u32_le(short);
+    bytes.put_u64_le(XxHash3_64::oneshot(&frame.payload));
+    bytes.put_slice(&frame.payload);
+    Ok(bytes.freeze())
+}
+
+/// Reads a header.
+///
+/// # Errors
+/// [`FrameError`]; nothing that follows can be read then.
+pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<FrameHeader, FrameError> {
+    let [m0, m1, m2, m3, f0, f1, k0, k1, l0, l1, l2, l3, sum @ ..] = *bytes;
+    if [m0, m1, m2, m3] != MAGIC {
+        return Err(FrameError::Garbage([m0, m1, m2, m3]));
+    }
+    let format = u16::from_le_bytes([f0, f1]);
+    if format != FORMAT {
+        return Err(FrameError::Newer(format));
+    }
+    let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+    if length > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong(length));
+    }
+    Ok(FrameHeader { kind: u16::from_le_bytes([k0, k1]), length, checksum: u64::from_le_bytes(sum) })
+}
+
+/// Frames out of bytes that come in any pieces.
+///
+/// Holds at most one header, one payload and what was pushed last. After an error nothing that follows can be read.
+#[derive(Debug, Default)]
+pub struct FrameDecoder {
+    buffer: BytesMut,
+    header: Option<FrameHeader>,
+}
+
+impl FrameDecoder {
+    /// Takes bytes that came.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Takes out the next frame; none while it is not whole.
+    ///
+    /// # Errors
+    /// [`FrameError`], also for what was sent before: the stream has lost its place.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        let header = match self.header {
+            Some(header) => header,
+            None => match self.buffer.first_chunk() {
+                Some(head) => {
+                    let header = decode_header(head)?;
+                    self.buffer.advance(HEADER_BYTES);
+                    *self.header.insert(header)
+                }
+                None => return Ok(None),
+            },
+        };
+        if self.buffer.len() < header.length() {
+            return Ok(None);
+        }
+        self.header = None;
+        header.frame(self.buffer.split_to(header.length()).freeze()).map(Some)
+    }
+
+    /// Says that no more bytes come.
+    ///
+    /// # Errors
+    /// [`FrameError::CutShort`] where a frame has begun and is not whole.
+    pub fn end(&self) -> Result<(), FrameError> {
+        let wanted = match self.header {
+            Some(header) => header.length(),
+            None if self.buffer.is_empty() => 0,
+            None => HEADER_BYTES,
+        };
+        match wanted.saturating_sub(self.buffer.len()) {
+            0 => Ok(()),
+            missing => Err(FrameError::CutShort(missing)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{any, prop, proptest};
+
+    use super::*;
+
+    fn split(bytes: &Bytes) -> (FrameHeader, Bytes) {
+        let header = decode_header(bytes[..HEADER_BYTES].try_into().unwrap()).unwrap();
+        (header, bytes.slice(HEADER_BYTES..))
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_comes_back_as_it_went(kind: u16, payload in prop::collection::vec(any::<u8>(), 0..300)) {
+            let frame = Frame { kind, payload: payload.into() };
+            let (header, payload) = split(&encode_frame(&frame).unwrap());
+            assert_eq!(header.frame(payload).unwrap(), frame);
+        }
+
+        #[test]
+        fn frames_come_out_of_any_pieces(
+            payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..6),
+            piece in 1..50_usize,
+            cut in 0..30_usize,
+        ) {
+            let frames: Vec<_> = payloads.into_iter().map(|p| Frame { kind: 3, payload: p.into() }).collect();
+            let bytes: Vec<u8> = frames.iter().flat_map(|frame| encode_frame(frame).unwrap()).collect();
+            let (mut decoder, mut got) = (FrameDecoder::default(), Vec::new());
+            let whole = bytes.len().saturating_sub(cut);
+            for piece in bytes[..whole].chunks(piece) {
+                decoder.push(piece);
+                while let Some(frame) = decoder.next_frame().unwrap() {
+                    got.push(frame);
+                }
+            }
+            let taken: usize = got.iter().map(|frame| HEADER_BYTES + frame.payload.len()).sum();
+            assert_eq!(decoder.end().is_err(), taken < whole);
+            assert_eq!(got[..], frames[..got.len()]);
+        }
+
+        #[test]
+        fn no_bytes_make_the_streaming_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let mut decoder = FrameDecoder::default();
+            decoder.push(&bytes);
+            while let Ok(Some(_)) = decoder.next_frame() {}
+            let _ = decoder.end();
+        }
+
+        #[test]
+        fn no_header_makes_the_decoder_panic(bytes: [u8; HEADER_BYTES]) {
+            let _ = decode_header(&bytes);
+        }
+
+        #[test]
+        fn a_flipped_bit_is_found(payload in prop::collection::vec(any::<u8>(), 1..100), at: prop::sample::Index) {
+            let frame = Frame { kind: 7, payload: payload.into() };
+            let (header, payload) = split(&encode_frame(&frame).unwrap());
+            let mut broken = payload.to_vec();
+            let at = at.index(broken.len());
+            broken[at] ^= 1;
+            assert_eq!(header.frame(broken.into()), Err(FrameError::Checksum(7)));
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_is_refused_before_anything_is_allocated() {
+        let mut bytes = encode_frame(&Frame { kind: 1, payload: Bytes::new() }).unwrap().to_vec();
+        bytes[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        let header: [u8; HEADER_BYTES] = bytes.try_into().unwrap();
+        assert_eq!(decode_header(&header), Err(FrameError::TooLong(u32::MAX as usize)));
+    }
+}

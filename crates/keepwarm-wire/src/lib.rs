@@ -1,0 +1,33 @@
+//! What peers send each other: frames, and what is in them.
+//!
+//! - [`envelope`]: messages between replicas of a shard; says how versions of a payload live beside each other.
+//! - [`blocks`]: the first and the last frame of a stream of block bytes.
+//! - [`control`]: what nodes ask of each other beside that: relayed requests, the registry's messages.
+//! - [`kinds`]: the number of each kind of frame.
+//! - [`limits`]: how much of anything a frame may hold.
+//!
+//! Nothing here does IO.
+
+mod archive;
+pub mod blocks;
+pub mod control;
+pub mod envelope;
+mod error;
+mod frame;
+mod hello;
+mod identity;
+pub mod kinds;
+mod layout;
+pub mod limits;
+mod record;
+mod session;
+mod transcript;
+
+pub use archive::{VERSION, VERSION_OLDEST};
+pub use error::DecodeError;
+pub use frame::{
+    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameError, FrameHeader, HEADER_BYTES, decode_header, encode_frame,
+};
+pub use hello::{Hello, HelloAnswer, HelloError};
+pub use layout::{LAYOUTS_MAX, LayoutCache};
+pub use limits::TooLong;

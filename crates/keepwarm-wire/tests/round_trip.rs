@@ -1,0 +1,115 @@
+//! What is encoded comes out again as it went in.
+
+mod arbitrary;
+
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use keepwarm_core::replica::{Content, Envelope, Message};
+use keepwarm_core::session::{BLOCK_BYTES_MAX, Layout, Manifest};
+use keepwarm_core::shard::Record;
+use keepwarm_types::{Generation, InstanceId, ShardId};
+use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
+use keepwarm_wire::control::{RegistryFrame, RelayHeader};
+use keepwarm_wire::{Frame, LayoutCache, envelope, kinds};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, TestRunner};
+
+/// The same frame with its payload at an address that is `by` beyond an aligned one.
+fn shifted(frame: &Frame, by: usize) -> Frame {
+    let mut bytes = BytesMut::with_capacity(frame.payload.len() + 16);
+    let to_aligned = bytes.as_ptr().align_offset(8);
+    bytes.put_bytes(0, to_aligned + by);
+    bytes.put_slice(&frame.payload);
+    Frame { kind: frame.kind, payload: bytes.freeze().slice(to_aligned + by..) }
+}
+
+fn manifest(envelope: &Envelope) -> Option<&Arc<Manifest>> {
+    match &envelope.message {
+        Message::Prepare(prepare) => match &prepare.record {
+            Record::Manifest(manifest, _) => Some(manifest),
+            _ => None,
+        },
+        Message::Install(install) => match &install.content {
+            Content::Live(manifest, _) => Some(manifest),
+            Content::Ended(_) | Content::Absent => None,
+        },
+        _ => None,
+    }
+}
+
+#[test]
+fn every_kind_of_message_comes_back_as_it_was_at_any_address() {
+    let layouts = LayoutCache::new();
+    for message in arbitrary::messages() {
+        let mut runner =
+            TestRunner::new(Config { cases: 64, failure_persistence: None, ..Config::default() });
+        let strategy = (arbitrary::around(message), 0..8usize);
+        runner
+            .run(&strategy, |(sent, by)| {
+                let frame = envelope::encode(&sent).unwrap();
+                prop_assert_eq!(frame.kind, kinds::ENVELOPE);
+                let came = envelope::decode(&shifted(&frame, by), &layouts).unwrap();
+                prop_assert_eq!(came, sent);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: 64, ..Config::default() })]
+
+    #[test]
+    fn sessions_of_one_layout_share_it(sent in arbitrary::envelope()) {
+        let Some(named) = manifest(&sent) else { return Ok(()) };
+        let layouts = LayoutCache::new();
+        let frame = envelope::encode(&sent).unwrap();
+        let [one, two] = [(); 2].map(|()| envelope::decode(&frame, &layouts).unwrap());
+        let layout = |came: &Envelope| Arc::clone(&manifest(came).unwrap().layout);
+        prop_assert!(Arc::ptr_eq(&layout(&one), &layout(&two)));
+        prop_assert_eq!(&*layout(&one), &*named.layout);
+    }
+
+    #[test]
+    fn block_headers_come_back_as_they_were(
+        (shard, generation, key, birth) in (0..65_536u32, 0..1u64 << 40, arbitrary::key(), arbitrary::birth()),
+        blocks in vec(arbitrary::block(BLOCK_BYTES_MAX), 0..200),
+        pull in any::<bool>(),
+    ) {
+        let direction = if pull { Direction::Pull } else { Direction::Push };
+        let (shard, generation) = (ShardId(shard), Generation(generation));
+        let header = BlocksHeader { shard, generation, key, birth, blocks, direction };
+        prop_assert_eq!(BlocksHeader::decode(&header.encode().unwrap()), Ok(header));
+    }
+
+    #[test]
+    fn relay_headers_come_back_as_they_were(
+        key in arbitrary::key(), admin in any::<bool>(), request_id in "\\PC{0,40}", hops in any::<u8>(),
+    ) {
+        let header = RelayHeader { tenant: key.tenant, admin, request_id, hops };
+        prop_assert_eq!(RelayHeader::decode(&header.encode().unwrap()), Ok(header));
+    }
+}
+
+#[test]
+fn answers_and_registry_messages_come_back_as_they_were() {
+    let damaged = BlocksAnswer::Damaged(InstanceId(u64::MAX));
+    for answer in [BlocksAnswer::Taken, BlocksAnswer::NoRoom, BlocksAnswer::Gone, damaged] {
+        assert_eq!(BlocksAnswer::decode(&answer.encode().unwrap()), Ok(answer));
+    }
+    let message = RegistryFrame(Bytes::from_static(b"vote"));
+    assert_eq!(RegistryFrame::decode(message.clone().encode().unwrap()), Ok(message));
+}
+
+#[test]
+fn an_interned_layout_is_the_first_that_came() {
+    let layouts = LayoutCache::new();
+    let mut runner = TestRunner::deterministic();
+    let first: Arc<Layout> = arbitrary::layout().new_tree(&mut runner).unwrap().current();
+    let again = Arc::new((*first).clone());
+    assert!(Arc::ptr_eq(&layouts.intern(Arc::clone(&first)), &first));
+    assert!(Arc::ptr_eq(&layouts.intern(again), &first));
+}

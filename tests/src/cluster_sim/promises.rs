@@ -1,0 +1,92 @@
+//! What clients were promised, and what may explain that bytes are gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use keepwarm_core::registry::Member;
+use keepwarm_core::session::{self, Manifest};
+use keepwarm_types::{Birth, Bytes, Generation, SessionKey, ShardId};
+
+use crate::sim::oracle::Oracle;
+
+/// Who was said to hold which revision of a session.
+#[derive(Debug, Clone)]
+pub struct Told {
+    pub birth: Birth,
+    pub revision: u64,
+    pub holders: Arc<[Member]>,
+    /// Whether somebody asked since that the bytes go.
+    pub evicting: bool,
+}
+
+/// One state of one life of a session.
+pub type State = (SessionKey, Birth, u64);
+
+/// All that was promised.
+#[derive(Debug, Default)]
+pub struct Promises {
+    /// Lives, revisions and their contents.
+    pub oracle: Oracle,
+    /// By session, the last state with bytes that a client saw.
+    pub told: BTreeMap<SessionKey, Told>,
+    /// Processes that have ended, or were taken out of a set.
+    pub gone: BTreeSet<Member>,
+    /// Who answered for a shard in each generation.
+    pub primaries: BTreeMap<(ShardId, Generation), Member>,
+    /// By state, every placement of its bytes that was on its way to a disk.
+    pub placements: BTreeMap<State, Vec<Arc<[Member]>>>,
+    /// Shards whose every catalog was lost.
+    lost: BTreeSet<SessionKey>,
+}
+
+impl Promises {
+    pub fn gone(&mut self, member: Member) {
+        self.gone.insert(member);
+    }
+
+    /// Somebody asks that a session's bytes go.
+    pub fn evicting(&mut self, key: &SessionKey) {
+        if let Some(told) = self.told.get_mut(key) {
+            told.evicting = true;
+        }
+    }
+
+    /// A primary decides who holds a state's bytes.
+    pub fn placed(&mut self, manifest: &Manifest) {
+        if manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
+            let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
+            let all = self.placements.entry(state).or_default();
+            if !all.contains(&manifest.holders) {
+                all.push(Arc::clone(&manifest.holders));
+            }
+        }
+    }
+
+    /// A client sees a session in this state.
+    pub fn saw(&mut self, manifest: &Manifest) {
+        let (birth, revision) = (manifest.birth, manifest.revision.0);
+        let known = self.told.get(&manifest.key);
+        let newer = known.is_none_or(|told| told.birth != birth || told.revision < revision);
+        if newer && manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
+            let holders = Arc::clone(&manifest.holders);
+            self.told.insert(manifest.key.clone(), Told { birth, revision, holders, evicting: false });
+        }
+    }
+
+    /// Every catalog of these sessions was lost: nothing is promised of them any more.
+    pub fn shard_lost(&mut self, within: impl Fn(&SessionKey) -> bool) {
+        for ((key, _), life) in &mut self.oracle.lives {
+            if within(key) {
+                life.may_end = true;
+                life.told = 0;
+                self.lost.insert(key.clone());
+            }
+        }
+    }
+
+    /// Whether a session was lost with every catalog of its shard.
+    #[must_use]
+    pub fn was_lost(&self, key: &SessionKey) -> bool {
+        self.lost.contains(key)
+    }
+}
