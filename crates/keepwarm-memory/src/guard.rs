@@ -76,8 +76,6 @@ pub struct BlockMut {
     birth: Birth,
     /// Bytes from the start that this owner wrote, or that are known to be zero.
     written: usize,
-    /// Whether the rest may hold another tenant's bytes.
-    scrub: bool,
 }
 
 impl fmt::Debug for BlockMut {
@@ -100,7 +98,7 @@ impl BlockMut {
         scrub: bool,
     ) -> Self {
         let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant, alone: !scrub };
-        Self { memory, birth: owner.birth, written: 0, scrub }
+        Self { memory, birth: owner.birth, written: 0 }
     }
 
     /// Bytes that fit.
@@ -129,9 +127,8 @@ impl BlockMut {
         // SAFETY: this guard is the only one of its slot, which has the capacity rounded up to the alignment, and
         // `&mut self` rules out any other use of it.
         let all = unsafe { self.memory.arena.region.slice_mut(offset, slot_bytes(capacity)) };
-        if self.scrub {
+        if !self.memory.alone {
             all[self.written..].fill(0);
-            self.scrub = false;
             self.memory.alone = true;
         }
         self.written = capacity;
