@@ -17,6 +17,7 @@ mod registry;
 mod restore;
 mod resume;
 mod steady;
+mod takeover;
 
 /// Rounds of each side.
 pub(crate) const ROUNDS: usize = 5;
@@ -29,7 +30,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 type Bench = (&'static str, fn());
 
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 9] = [
     ("parts", parts::run),
     ("restore", restore::run),
     ("engine", engine::run),
@@ -38,6 +39,7 @@ const BENCHES: [Bench; 8] = [
     ("steady", steady::run),
     ("registry", registry::run),
     ("peers", peers::run),
+    ("takeover", takeover::run),
 ];
 
 fn main() {
