@@ -29,6 +29,11 @@ pub fn number_instances_for(incarnation: Incarnation) {
     INSTANCES.fetch_max(incarnation.0 << INSTANCE_BITS, Ordering::Relaxed);
 }
 
+/// The number of an instance that no other block has.
+pub(crate) fn next_instance() -> InstanceId {
+    InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed))
+}
+
 /// Why a guard did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GuardError {
@@ -162,14 +167,14 @@ impl BlockMut {
             return Err((self, error));
         }
         let checksum = block_checksum(&self.bytes()[..length]);
-        Ok(self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum))
+        Ok(self.into_block(length, next_instance(), checksum))
     }
 
     /// Seals all that was written as a new instance whose checksum was computed while the bytes arrived.
     #[must_use]
     pub fn seal_hashed(self, checksum: BlockChecksum) -> Block {
         let length = self.written;
-        self.into_block(length, InstanceId(INSTANCES.fetch_add(1, Ordering::Relaxed)), checksum)
+        self.into_block(length, next_instance(), checksum)
     }
 
     /// Seals all that was written as the same instance that another node has; its bytes were hashed as they came.
@@ -198,7 +203,13 @@ impl BlockMut {
         block
     }
 
-    fn into_block(self, length: usize, instance: InstanceId, checksum: BlockChecksum) -> Block {
+    /// Whose block it will be.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner { tenant: self.memory.tenant.clone(), birth: self.birth }
+    }
+
+    /// Seals the first `length` bytes, which were written and have this checksum.
+    pub(crate) fn into_block(self, length: usize, instance: InstanceId, checksum: BlockChecksum) -> Block {
         Block {
             sealed: Arc::new(Sealed { memory: self.memory, length, instance, checksum }),
             birth: self.birth,

@@ -20,8 +20,8 @@ mod sync;
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 pub use device::{
-    Device, DeviceError, DeviceState, Direction, HostDevice, Job, PlaneShape, STREAM_QUEUE_MAX, Transfer,
-    TransferError, gather, scatter,
+    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape,
+    STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
 pub use guard::{Block, BlockMut, BlockView, GuardError, number_instances_for};

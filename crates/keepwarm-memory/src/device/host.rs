@@ -3,38 +3,82 @@
 //! Each direction has a stream: a thread with a FIFO, really asynchronous to whoever submits.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use futures::channel::oneshot;
 
-use super::{Device, DeviceError, DeviceState, Direction, Job, Outcome, Transfer, TransferError};
+use super::event::{Event, Progress};
+use super::steps::{Ended, FillJob, Step};
+use super::{
+    Device, DeviceError, DeviceState, Direction, GatherJob, Job, Outcome, ScatterJob, Transfer, TransferError,
+};
 use crate::arena::{Arena, ArenaSettings};
-use crate::checksum::{BlockHasher, Corrupt};
 use crate::fault::FaultPlan;
-use crate::guard::{Block, BlockMut};
+use crate::guard::BlockMut;
 use crate::region::ReserveError;
 
 /// Submissions that wait on one stream. Each is a session's restore or checkpoint, and the node lets 64 run
 /// at once, so a full stream means that the device hangs.
 pub const STREAM_QUEUE_MAX: usize = 256;
-/// Bytes that are copied and then hashed while they are still in the first-level cache; whole chunks.
-const COPY_STEP: usize = 4 * crate::checksum::CHUNK_BYTES;
-
+/// Why nothing more comes from a stream whose thread is gone.
+const STREAM_ENDED: &str = "its stream ended";
 /// Threads that share one large batch.
 const STRANDS_MAX: usize = 4;
 /// Smaller batches are copied by the stream's own thread: waking another costs some tens of microseconds.
 const STRAND_BYTES_MIN: usize = 4 << 20;
 
-struct Submission {
-    jobs: Vec<Job>,
-    done: oneshot::Sender<Outcome>,
+struct Submission<S: Step> {
+    jobs: Vec<S>,
+    done: oneshot::Sender<Outcome<S::Done>>,
+}
+
+impl<S: Step> Submission<S> {
+    fn run(self, health: &Arc<Health>, strands: &Sender<Arc<dyn Shared>>) {
+        // Where nobody waits any more, what was made goes back to its arena right here.
+        drop(self.done.send(run_all(self.jobs, health, strands)));
+    }
+
+    fn into_targets(self) -> Vec<BlockMut> {
+        self.jobs.into_iter().map(S::into_target).collect()
+    }
+}
+
+/// What waits on a stream: one batch of one kind.
+enum Work {
+    Copy(Submission<Job>),
+    Fill(Submission<FillJob>),
+    Gather(Submission<GatherJob>),
+    Scatter(Submission<ScatterJob>),
+}
+
+impl Work {
+    fn run(self, health: &Arc<Health>, strands: &Sender<Arc<dyn Shared>>) {
+        match self {
+            Self::Copy(submission) => submission.run(health, strands),
+            Self::Fill(submission) => submission.run(health, strands),
+            Self::Gather(submission) => submission.run(health, strands),
+            Self::Scatter(submission) => submission.run(health, strands),
+        }
+    }
+
+    fn into_targets(self) -> Vec<BlockMut> {
+        match self {
+            Self::Copy(submission) => submission.into_targets(),
+            Self::Fill(submission) => submission.into_targets(),
+            Self::Gather(submission) => submission.into_targets(),
+            Self::Scatter(submission) => submission.into_targets(),
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Health {
     state: Mutex<DeviceState>,
     faults: Arc<FaultPlan>,
+    /// Each stream's.
+    progress: [Arc<Progress>; 2],
 }
 
 impl Health {
@@ -45,10 +89,15 @@ impl Health {
     //= GUARANTEES.md#G9
     fn fence(&self, reason: &str) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state == DeviceState::Up {
-            tracing::warn!(reason, "device fenced");
-            *state = DeviceState::Fenced(reason.to_owned());
+        if *state != DeviceState::Up {
+            return;
         }
+        tracing::warn!(reason, "device fenced");
+        *state = DeviceState::Fenced(reason.to_owned());
+        // Under the same lock, so that no work fails by this fence and then counts as finished before it.
+        let waiting = self.progress.each_ref().map(|progress| progress.fence(reason));
+        drop(state);
+        waiting.into_iter().flatten().for_each(Waker::wake);
     }
 
     fn check(&self) -> Result<(), DeviceError> {
@@ -65,7 +114,7 @@ pub struct HostDevice {
     name: String,
     arena: Arena,
     health: Arc<Health>,
-    streams: [Sender<Submission>; 2],
+    streams: [Sender<Work>; 2],
 }
 
 impl HostDevice {
@@ -75,27 +124,57 @@ impl HostDevice {
     /// [`ReserveError`] where the memory cannot be had.
     pub fn new(settings: &ArenaSettings, faults: Arc<FaultPlan>) -> Result<Self, ReserveError> {
         let arena = Arena::with_faults(settings, Some(Arc::clone(&faults)))?;
-        let health = Arc::new(Health { state: Mutex::new(DeviceState::Up), faults });
+        let progress = <[Arc<Progress>; 2]>::default();
+        let health = Arc::new(Health { state: Mutex::new(DeviceState::Up), faults, progress });
         let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
             thread::Builder::new()
                 .name(format!("{}-{name}", settings.name))
                 .spawn(work)
                 .map_err(|cause| ReserveError::System { size: settings.bytes, cause })
         };
-        let (strands, batches) = bounded::<Arc<Batch>>(STRANDS_MAX);
+        let (strands, batches) = bounded::<Arc<dyn Shared>>(STRANDS_MAX);
         for _ in 1..strand_count() {
             let (batches, health) = (batches.clone(), Arc::clone(&health));
             start("strand", Box::new(move || batches.iter().for_each(|batch| batch.work(&health))))?;
         }
-        let stream = |direction: &str| {
+        let stream = |direction: Direction| {
+            let name = if direction == Direction::In { "in" } else { "out" };
             let (send, receive) = bounded(STREAM_QUEUE_MAX);
             let (health, strands) = (Arc::clone(&health), strands.clone());
-            start(direction, Box::new(move || run(&receive, &health, &strands)))?;
+            start(name, Box::new(move || run(&receive, direction, &health, &strands)))?;
             Ok(send)
         };
-        let streams = [stream("in")?, stream("out")?];
+        let streams = [stream(Direction::In)?, stream(Direction::Out)?];
         Ok(Self { name: settings.name.clone(), arena, health, streams })
     }
+
+    /// Queues a batch that fits, or gives its targets back.
+    fn enqueue<S: Step>(
+        &self,
+        direction: Direction,
+        jobs: Vec<S>,
+        kind: fn(Submission<S>) -> Work,
+    ) -> Result<Transfer<S::Done>, TransferError> {
+        let (done, outcome) = oneshot::channel();
+        let fit = self.health.check().and_then(|()| jobs.iter().try_for_each(S::check));
+        let work = kind(Submission { jobs, done });
+        if let Err(cause) = fit {
+            return Err(TransferError { cause, targets: work.into_targets() });
+        }
+        let queue = &self.streams[place(direction)];
+        let sent = self.health.progress[place(direction)].submit(|| queue.try_send(work));
+        let (cause, work) = match sent {
+            Ok(()) => return Ok(Transfer(outcome)),
+            Err(TrySendError::Full(work)) => (DeviceError::Busy, work),
+            Err(TrySendError::Disconnected(work)) => (DeviceError::Fenced(STREAM_ENDED.to_owned()), work),
+        };
+        Err(TransferError { cause, targets: work.into_targets() })
+    }
+}
+
+/// A stream's place.
+fn place(direction: Direction) -> usize {
+    usize::from(direction == Direction::Out)
 }
 
 impl Device for HostDevice {
@@ -116,121 +195,136 @@ impl Device for HostDevice {
     }
 
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError> {
-        let refuse = |cause, jobs: Vec<Job>| TransferError {
-            cause,
-            targets: jobs.into_iter().map(|job| job.target).collect(),
-        };
-        if let Err(cause) = self.health.check() {
-            return Err(refuse(cause, jobs));
-        }
-        let (done, outcome) = oneshot::channel();
-        let stream = &self.streams[usize::from(direction == Direction::Out)];
-        match stream.try_send(Submission { jobs, done }) {
-            Ok(()) => Ok(Transfer(outcome)),
-            Err(TrySendError::Full(submission)) => Err(refuse(DeviceError::Busy, submission.jobs)),
-            Err(TrySendError::Disconnected(submission)) => {
-                Err(refuse(DeviceError::Fenced("its stream ended".to_owned()), submission.jobs))
-            }
-        }
+        self.enqueue(direction, jobs, Work::Copy)
+    }
+
+    fn fill(
+        &self,
+        direction: Direction,
+        targets: Vec<BlockMut>,
+        byte: u8,
+    ) -> Result<Transfer, TransferError> {
+        let jobs = targets.into_iter().map(|target| FillJob { target, byte }).collect();
+        self.enqueue(direction, jobs, Work::Fill)
+    }
+
+    fn gather(&self, direction: Direction, jobs: Vec<GatherJob>) -> Result<Transfer, TransferError> {
+        self.enqueue(direction, jobs, Work::Gather)
+    }
+
+    fn scatter(
+        &self,
+        direction: Direction,
+        jobs: Vec<ScatterJob>,
+    ) -> Result<Transfer<BlockMut>, TransferError> {
+        self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn record(&self, direction: Direction) -> Event {
+        self.health.progress[place(direction)].record()
     }
 }
 
-fn run(queue: &Receiver<Submission>, health: &Arc<Health>, strands: &Sender<Arc<Batch>>) {
-    for Submission { jobs, done } in queue {
+/// Says that a stream's thread ended, however it did, to whoever waits for its work.
+struct Ending<'a>(&'a Progress);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.fence(STREAM_ENDED).into_iter().for_each(Waker::wake);
+    }
+}
+
+fn run(
+    queue: &Receiver<Work>,
+    direction: Direction,
+    health: &Arc<Health>,
+    strands: &Sender<Arc<dyn Shared>>,
+) {
+    let progress = &health.progress[place(direction)];
+    let _ending = Ending(progress);
+    for work in queue {
         health.faults.wait_while_hung();
-        // Nobody waits any more: the copies go back to their arena right here.
-        drop(done.send(copy_all(jobs, health, strands)));
+        work.run(health, strands);
+        progress.finish();
     }
 }
-
-/// A copy, or why there is none, with the target back.
-type Copied = Result<Block, (DeviceError, BlockMut)>;
 
 /// A batch that strands share: each takes the next job until none is left.
-struct Batch {
-    left: Mutex<std::iter::Enumerate<std::vec::IntoIter<Job>>>,
+struct Batch<S: Step> {
+    left: Mutex<std::iter::Enumerate<std::vec::IntoIter<S>>>,
     /// Room for every job's end, so that no strand waits to report one.
-    ends: Sender<(usize, Copied)>,
+    ends: Sender<(usize, Ended<S>)>,
 }
 
-impl Batch {
+/// A batch of any kind, as a strand sees it.
+trait Shared: Send + Sync {
+    fn work(&self, health: &Health);
+}
+
+impl<S: Step> Shared for Batch<S> {
     fn work(&self, health: &Health) {
         loop {
             let next = self.left.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((place, Job { source, target })) = next else { return };
-            if self.ends.send((place, copy(&source, target, health))).is_err() {
+            let Some((place, step)) = next else { return };
+            if self.ends.send((place, execute(step, health))).is_err() {
                 return;
             }
         }
     }
 }
 
-/// Copies a batch, a large one with the help of the device's other strands, since one core hashes more slowly
+fn execute<S: Step>(step: S, health: &Health) -> Ended<S> {
+    if let Err(cause) = health.check() {
+        return Err((cause, step.into_target()));
+    }
+    if health.faults.sticky_now() {
+        health.fence("injected sticky error");
+        return Err((DeviceError::Fenced("injected sticky error".to_owned()), step.into_target()));
+    }
+    step.run(&health.faults)
+}
+
+/// Does a batch, a large one with the help of the device's other strands, since one core hashes more slowly
 /// than memory delivers.
-fn copy_all(jobs: Vec<Job>, health: &Arc<Health>, strands: &Sender<Arc<Batch>>) -> Outcome {
-    let (count, bytes) = (jobs.len(), jobs.iter().map(|job| job.source.length()).sum::<usize>());
+fn run_all<S: Step>(
+    jobs: Vec<S>,
+    health: &Arc<Health>,
+    strands: &Sender<Arc<dyn Shared>>,
+) -> Outcome<S::Done> {
+    let (count, bytes) = (jobs.len(), jobs.iter().map(S::bytes).sum::<usize>());
     let (ends, ended) = bounded(count);
     let batch = Arc::new(Batch { left: Mutex::new(jobs.into_iter().enumerate()), ends });
     if bytes >= STRAND_BYTES_MIN {
         for _ in 1..strand_count().min(count) {
             // A strand that is busy with another stream's batch is not waited for.
-            let _ = strands.try_send(Arc::clone(&batch));
+            let _ = strands.try_send(Arc::clone(&batch) as Arc<dyn Shared>);
         }
     }
     batch.work(health);
     drop(batch);
-    let mut copies: Vec<(usize, Block)> = Vec::with_capacity(count);
+    let mut made: Vec<(usize, S::Done)> = Vec::with_capacity(count);
     let mut failed = None::<TransferError>;
     for (place, end) in ended.iter().take(count) {
         match (end, &mut failed) {
-            (Ok(block), _) => copies.push((place, block)),
+            (Ok(done), _) => made.push((place, done)),
             (Err((_, target)), Some(error)) => error.targets.push(target),
             (Err((cause, target)), None) => failed = Some(TransferError { cause, targets: vec![target] }),
         }
     }
-    if failed.is_none() && copies.len() < count {
+    if failed.is_none() && made.len() < count {
         health.fence("a copying thread ended");
         let cause = DeviceError::Fenced("a copying thread ended".to_owned());
         failed = Some(TransferError { cause, targets: Vec::new() });
     }
-    if let Some(error) = failed {
+    if let Some(mut error) = failed {
+        error.targets.extend(made.into_iter().filter_map(|(_, done)| S::regain(done)));
         return Err(error);
     }
-    copies.sort_unstable_by_key(|(place, _)| *place);
-    Ok(copies.into_iter().map(|(_, block)| block).collect())
+    made.sort_unstable_by_key(|(place, _)| *place);
+    Ok(made.into_iter().map(|(_, done)| done).collect())
 }
 
 /// Threads that share one large batch: as many as the machine has cores, at most [`STRANDS_MAX`].
 fn strand_count() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(STRANDS_MAX)
-}
-
-fn copy(source: &Block, mut target: BlockMut, health: &Health) -> Copied {
-    if let Err(cause) = health.check() {
-        return Err((cause, target));
-    }
-    if health.faults.sticky_now() {
-        health.fence("injected sticky error");
-        return Err((DeviceError::Fenced("injected sticky error".to_owned()), target));
-    }
-    if target.capacity() < source.length() {
-        let cause = DeviceError::Size { target: target.capacity(), source_bytes: source.length() };
-        return Err((cause, target));
-    }
-    let flip = health.faults.flip_now();
-    let mut hasher = BlockHasher::default();
-    for (step, bytes) in source.raw().chunks(COPY_STEP).enumerate() {
-        let at = step * COPY_STEP;
-        target.write(at, bytes).expect("the capacity was checked, and steps leave no gap");
-        if flip && step == 0 {
-            let broken = bytes[0] ^ 1;
-            target.write(at, &[broken]).expect("the byte was written just before");
-        }
-        hasher.update(&target.bytes()[at..at + bytes.len()]);
-    }
-    let (expected, found) = (source.checksum(), hasher.finish());
-    if expected != found {
-        return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
-    }
-    Ok(target.seal_copy(source))
 }

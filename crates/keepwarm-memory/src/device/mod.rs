@@ -1,13 +1,17 @@
 //! What a GPU must do for keepwarm: own an arena, and move blocks on streams of its own.
 //!
-//! A submission is one batch: the blocks of a restore or a checkpoint go in one call, are copied in order on
-//! the stream of their direction, verified at the destination, and come back sealed as the same instances.
-//! The job holds source and target guards until its copy has run, so memory is never reused under a
-//! transfer; dropping the [`Transfer`] neither cancels the copy nor leaks: what arrives is given back.
+//! A submission is one batch of one kind: the blocks of a restore or a checkpoint go in one call, are copied in
+//! order on the stream of their direction, verified at the destination, and come back sealed as the same
+//! instances. Fills, gathers and scatters take their turn on the same streams; an [`Event`] marks a point of
+//! one. The job holds source and target guards until it has run, so memory is never reused under a
+//! transfer; dropping the [`Transfer`] neither cancels the work nor leaks: what arrives is given back.
 
+mod event;
 mod host;
 mod planes;
+mod steps;
 
+pub use event::Event;
 pub use host::{HostDevice, STREAM_QUEUE_MAX};
 pub use planes::{PlaneShape, gather, scatter};
 
@@ -21,7 +25,7 @@ use crate::arena::Arena;
 use crate::checksum::Corrupt;
 use crate::guard::{Block, BlockMut};
 
-/// Which way a copy goes; each direction has a stream.
+/// Which way a copy goes; each direction has a stream, and other work names the stream that it goes on by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// From host memory into the device: a restore.
@@ -51,14 +55,20 @@ pub enum DeviceError {
     /// Bytes arrived with another checksum than they left with.
     #[error(transparent)]
     Corrupt(#[from] Corrupt),
-    /// A target is too small for its source.
+    /// A target is too small for what goes into it.
     #[error("a target of {target} bytes cannot take {source_bytes}")]
     Size {
         /// The target's capacity.
         target: usize,
-        /// The source's length.
+        /// The bytes that go into it: the source's length, or what the shape says.
         source_bytes: usize,
     },
+    /// Planes, tokens and blocks of a gather or a scatter do not go together; what does not fit.
+    #[error("the shape does not fit: {0}")]
+    Shape(String),
+    /// A gather or a scatter would show one owner's bytes to another.
+    #[error("source and target belong to different owners")]
+    WrongOwner,
 }
 
 /// One block to copy.
@@ -70,12 +80,42 @@ pub struct Job {
     pub target: BlockMut,
 }
 
+/// Planes to pack into one block.
+///
+/// The sources lie one after another as if they were one working block of `shape`: each holds whole planes of
+/// `tokens_per_block * token_bytes` bytes, together `shape.planes` of them.
+#[derive(Debug)]
+pub struct GatherJob {
+    /// The shape of the working block.
+    pub shape: PlaneShape,
+    /// Its planes, in order; of the target's owner.
+    pub sources: Vec<Block>,
+    /// How many tokens of each plane are valid, at most `shape.tokens_per_block`.
+    pub tokens: usize,
+    /// Where to; room for `shape.packed_bytes(tokens)`.
+    pub target: BlockMut,
+}
+
+/// A packed block to spread over the planes of a working block.
+#[derive(Debug)]
+pub struct ScatterJob {
+    /// The shape of the working block.
+    pub shape: PlaneShape,
+    /// The packed block, `shape.packed_bytes(tokens)` long; of the target's owner.
+    pub source: Block,
+    /// How many tokens of each plane it has, at most `shape.tokens_per_block`.
+    pub tokens: usize,
+    /// The working block; room for `shape.block_bytes()`. What lies behind a plane's tokens stays as it is, but
+    /// for what another tenant left there, which is zeroed.
+    pub target: BlockMut,
+}
+
 /// A submission that failed; the targets come back.
 #[derive(Debug)]
 pub struct TransferError {
     /// Why.
     pub cause: DeviceError,
-    /// The targets, in no particular state.
+    /// The targets, in no particular state or order. Once work has begun, without those that were sealed before.
     pub targets: Vec<BlockMut>,
 }
 
@@ -87,18 +127,19 @@ impl fmt::Display for TransferError {
 
 impl std::error::Error for TransferError {}
 
-type Outcome = Result<Vec<Block>, TransferError>;
+type Outcome<T> = Result<Vec<T>, TransferError>;
 
-/// A submission under way; resolves to the copies, sealed, in the order of the jobs.
+/// A submission under way; resolves to what it made, in the order of the jobs: sealed blocks, or the targets of a
+/// scatter, which can still be written.
 ///
-/// Cancel safe: dropping it leaves the copy to run, and gives the copies back when it has.
+/// Cancel safe: dropping it leaves the work to run, and gives the blocks back when it has.
 #[derive(Debug)]
-pub struct Transfer(oneshot::Receiver<Outcome>);
+pub struct Transfer<T = Block>(oneshot::Receiver<Outcome<T>>);
 
-impl Future for Transfer {
-    type Output = Outcome;
+impl<T> Future for Transfer<T> {
+    type Output = Outcome<T>;
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome<T>> {
         Pin::new(&mut self.0).poll(context).map(|result| {
             result.unwrap_or_else(|oneshot::Canceled| {
                 let cause = DeviceError::Fenced("its stream ended".to_owned());
@@ -127,6 +168,43 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`TransferError`] at once where the device is fenced or its stream full; nothing was copied then.
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError>;
+
+    /// Fills each target to its capacity with `byte` on the stream of `direction`, and seals it as a new instance
+    /// with the checksum that so many such bytes have.
+    ///
+    /// # Errors
+    /// [`TransferError`] at once where the device is fenced or its stream full; nothing was written then. The
+    /// transfer fails with [`DeviceError::Corrupt`] where memory did not take the bytes, or
+    /// [`DeviceError::Fenced`].
+    fn fill(&self, direction: Direction, targets: Vec<BlockMut>, byte: u8)
+    -> Result<Transfer, TransferError>;
+
+    /// Packs the planes of each job into one block on the stream of `direction`, as [`gather()`] does, and seals it
+    /// as a new instance. The sources are verified first, the packed bytes afterwards.
+    ///
+    /// # Errors
+    /// [`TransferError`] at once where the device is fenced, its stream full, or a job does not fit
+    /// ([`DeviceError::Shape`], [`DeviceError::Size`], [`DeviceError::WrongOwner`]); nothing was written then. The
+    /// transfer fails with [`DeviceError::Corrupt`] where a source or the packed bytes are broken, which names that
+    /// source or the job's first, or with [`DeviceError::Fenced`].
+    fn gather(&self, direction: Direction, jobs: Vec<GatherJob>) -> Result<Transfer, TransferError>;
+
+    /// Spreads each job's packed block over the planes of its target on the stream of `direction`, as [`scatter()`]
+    /// does, verified at the destination. The targets come back to be written on, all of them written.
+    ///
+    /// # Errors
+    /// [`TransferError`] at once where the device is fenced, its stream full, or a job does not fit
+    /// ([`DeviceError::Shape`], [`DeviceError::Size`], [`DeviceError::WrongOwner`]); nothing was written then. The
+    /// transfer fails with [`DeviceError::Corrupt`] or [`DeviceError::Fenced`], and gives all targets back.
+    fn scatter(
+        &self,
+        direction: Direction,
+        jobs: Vec<ScatterJob>,
+    ) -> Result<Transfer<BlockMut>, TransferError>;
+
+    /// Marks the point behind everything that was submitted to the stream of `direction` so far. Takes no place
+    /// in the stream, so it is never refused; on a fenced device the event says so.
+    fn record(&self, direction: Direction) -> Event;
 }
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+mod streams;
+
 use std::sync::Arc;
 use std::time::Duration;
 

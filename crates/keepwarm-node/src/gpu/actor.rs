@@ -397,7 +397,9 @@ impl From<DeviceError> for Error {
             DeviceError::Busy => {
                 Self::Overloaded { what: "the GPU's copy stream is full", retry_after: Millis(500) }
             }
-            DeviceError::Size { .. } => Self::Internal(error.to_string()),
+            DeviceError::Size { .. } | DeviceError::Shape(_) | DeviceError::WrongOwner => {
+                Self::Internal(error.to_string())
+            }
         }
     }
 }
