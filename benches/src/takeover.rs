@@ -28,7 +28,8 @@ struct Node {
 }
 
 fn program() -> PathBuf {
-    let built = Command::new("cargo").args(["build", "--release", "--quiet", "--package", "keepwarm"]).status();
+    let built =
+        Command::new("cargo").args(["build", "--release", "--quiet", "--package", "keepwarm"]).status();
     assert!(built.unwrap().success(), "the binary is built");
     std::env::current_exe().unwrap().parent().unwrap().join("keepwarm")
 }
@@ -76,7 +77,7 @@ async fn whole(client: &Client) {
 }
 
 fn bytes_layout() -> Layout {
-    let form = Form::Bytes { block_bytes: 1 << 20 };
+    let form = Form::Bytes { block_bytes: Some(1 << 20) };
     Layout {
         model: "m".to_owned(),
         fingerprint: "f".to_owned(),
