@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use keepwarm_config::{Config, DeviceKind, GpuConfig, SingleNode};
@@ -16,6 +17,7 @@ use keepwarm_node::{
 use keepwarm_types::{
     Bytes, ColdReason, GpuIndex, Millis, Outcome, Owner, SessionKey, Source, TenantName, Tier, Tokens,
 };
+use tokio::sync::watch;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -471,5 +473,117 @@ async fn damaged_pinned_bytes_are_dropped_and_the_session_says_so() {
     assert!(matches!(error, Error::Corrupt { .. }), "{error}");
     let again = handle.activate(&key, ActivateRequest::default()).await.unwrap();
     assert_eq!((again.source, again.manifest.state), (Source::None, State::Cold(ColdReason::Corrupt)));
+    node.shutdown(DEADLINE).await;
+}
+
+/// Bytes of which no two tokens are alike.
+fn varied(seed: u64, tokens: usize) -> Vec<u8> {
+    (0..tokens * TOKEN).map(|n| ((n + n / TOKEN * 3) as u64 * 31 + seed * 7919) as u8).collect()
+}
+
+/// Activates, on a GPU or on any, compares what is in HBM with what was acknowledged, and releases.
+async fn run(
+    handle: &Handle,
+    key: &SessionKey,
+    gpu: Option<GpuIndex>,
+    acked: &[u8],
+) -> Result<GpuIndex, Error> {
+    let wish = ActivateRequest { gpu, ..ActivateRequest::default() };
+    let activation = handle.activate(key, wish).await?;
+    let owner = Owner { tenant: tenant(), birth: activation.manifest.birth };
+    let bytes: Vec<u8> =
+        activation.blocks[0].iter().flat_map(|block| block.bytes(&owner).unwrap()).copied().collect();
+    assert!(bytes == acked, "HBM has other bytes than were acknowledged");
+    handle.release(key, activation.lease.id).await?;
+    Ok(activation.home.gpu)
+}
+
+/// Writes to sessions, reads and activates them, until told to stop. Gives what was acknowledged of each.
+async fn load(handle: Handle, seed: u64, served: watch::Sender<u64>, stop: Arc<AtomicBool>) -> Load {
+    let mut sessions = Vec::new();
+    for n in 0..3 {
+        sessions.push((create(&handle, Order::Token, 60_000).await, varied(seed * 3 + n, 600), 0));
+    }
+    let mut refused = Vec::new();
+    for round in 0_usize.. {
+        if stop.load(Ordering::SeqCst) {
+            break;
+        }
+        let at = round % 3;
+        let (key, bytes, acked) = &mut sessions[at];
+        let more = (*acked + 7).min(600);
+        if more > *acked {
+            match append(&handle, key, *acked as u64, &bytes[*acked * TOKEN..more * TOKEN]).await {
+                Ok(_) => *acked = more,
+                Err(error) => refused.push(error),
+            }
+        }
+        let acked = &bytes[..*acked * TOKEN];
+        let gpu = [Some(GpuIndex(0)), Some(GpuIndex(1)), None][round / 3 % 3];
+        match run(&handle, key, gpu, acked).await {
+            Ok(_) => served.send_modify(|served| *served += 1),
+            Err(error) => refused.push(error),
+        }
+        assert!(acked.is_empty() || read(&handle, key, Selection::default()).await.unwrap() == acked);
+    }
+    (sessions, refused)
+}
+
+/// Sessions, with their bytes and how many tokens of them were acknowledged; and who was refused.
+type Load = (Vec<(SessionKey, Vec<u8>, usize)>, Vec<Error>);
+
+/// Injects a fault under load, and gives the node, what it must still have, and whether anyone was refused.
+async fn fault_under_load(fault: impl FnOnce(&Handle)) -> (Node, Load) {
+    let node = start(None, 64 << 20).await;
+    let handle = node.handle();
+    let (served, mut watched) = watch::channel(0);
+    let stop = Arc::new(AtomicBool::new(false));
+    let tasks: Vec<_> =
+        (0..4).map(|n| tokio::spawn(load(handle.clone(), n, served.clone(), Arc::clone(&stop)))).collect();
+    tokio::time::timeout(DEADLINE, watched.wait_for(|served| *served >= 40)).await.unwrap().unwrap();
+    fault(&handle);
+    tokio::time::timeout(DEADLINE, watched.wait_for(|served| *served >= 160)).await.unwrap().unwrap();
+    stop.store(true, Ordering::SeqCst);
+    let (mut sessions, mut refused) = Load::default();
+    for task in tasks {
+        let (more, errors) = task.await.expect("no wrong bytes");
+        sessions.extend(more);
+        refused.extend(errors);
+    }
+    for error in &refused {
+        let explicit = matches!(error, Error::Unavailable { .. } | Error::Overloaded { .. });
+        assert!(explicit, "{error:?}");
+    }
+    (node, (sessions, refused))
+}
+
+//= GUARANTEES.md#G9
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gpu_actor_that_panics_under_load_loses_no_acknowledged_byte() {
+    let (node, (sessions, _)) = fault_under_load(|handle| handle.panic_gpu(GpuIndex(0))).await;
+    let handle = node.handle();
+    for (key, bytes, acked) in &sessions {
+        let bytes = &bytes[..acked * TOKEN];
+        assert!(read(&handle, key, Selection::default()).await.unwrap() == bytes);
+        let gpu = Some(GpuIndex(0));
+        until("the GPU serves again", || async { run(&handle, key, gpu, bytes).await.is_ok() }).await;
+    }
+    assert_eq!(handle.gpus()[0].state, GpuState::Up);
+    node.shutdown(DEADLINE).await;
+}
+
+//= GUARANTEES.md#G9
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_turns_sticky_under_load_loses_no_acknowledged_byte() {
+    let sticky = |handle: &Handle| handle.faults(GpuIndex(0)).unwrap().sticky_after(3);
+    let (node, (sessions, refused)) = fault_under_load(sticky).await;
+    let handle = node.handle();
+    assert!(!refused.is_empty(), "who asked for the fenced device is told");
+    assert!(matches!(&handle.gpus()[0].state, GpuState::Fenced(reason) if reason.contains("sticky")));
+    for (key, bytes, acked) in &sessions {
+        let bytes = &bytes[..acked * TOKEN];
+        assert!(read(&handle, key, Selection::default()).await.unwrap() == bytes);
+        assert_eq!(run(&handle, key, None, bytes).await.unwrap(), GpuIndex(1), "the other one restores");
+    }
     node.shutdown(DEADLINE).await;
 }
