@@ -3,7 +3,7 @@
 //! A header of fixed size (magic, version, kind, payload length, checksum; little endian), then the payload. The
 //! length is compared with its limit before anything is allocated for it.
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use twox_hash::XxHash3_64;
 
 use crate::limits::ENVELOPE_BYTES_MAX;
@@ -40,9 +40,6 @@ pub enum FrameError {
     /// The payload is longer than any may be.
     #[error("a frame of {0} bytes is more than the {FRAME_BYTES_MAX} that may be")]
     TooLong(usize),
-    /// The bytes end within a frame.
-    #[error("the bytes end within a frame: {0} more were announced; the sender broke off, ask it again")]
-    CutShort(usize),
     /// The payload is not what was sent.
     #[error("a frame of kind {0:#06x} does not have its checksum")]
     Checksum(u16),
@@ -113,61 +110,6 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<FrameHeader, FrameErr
     Ok(FrameHeader { kind: u16::from_le_bytes([k0, k1]), length, checksum: u64::from_le_bytes(sum) })
 }
 
-/// Frames out of bytes that come in any pieces.
-///
-/// Holds at most one header, one payload and what was pushed last. After an error nothing that follows can be read.
-#[derive(Debug, Default)]
-pub struct FrameDecoder {
-    buffer: BytesMut,
-    header: Option<FrameHeader>,
-}
-
-impl FrameDecoder {
-    /// Takes bytes that came.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.buffer.extend_from_slice(bytes);
-    }
-
-    /// Takes out the next frame; none while it is not whole.
-    ///
-    /// # Errors
-    /// [`FrameError`], also for what was sent before: the stream has lost its place.
-    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        let header = match self.header {
-            Some(header) => header,
-            None => match self.buffer.first_chunk() {
-                Some(head) => {
-                    let header = decode_header(head)?;
-                    self.buffer.advance(HEADER_BYTES);
-                    *self.header.insert(header)
-                }
-                None => return Ok(None),
-            },
-        };
-        if self.buffer.len() < header.length() {
-            return Ok(None);
-        }
-        self.header = None;
-        header.frame(self.buffer.split_to(header.length()).freeze()).map(Some)
-    }
-
-    /// Says that no more bytes come.
-    ///
-    /// # Errors
-    /// [`FrameError::CutShort`] where a frame has begun and is not whole.
-    pub fn end(&self) -> Result<(), FrameError> {
-        let wanted = match self.header {
-            Some(header) => header.length(),
-            None if self.buffer.is_empty() => 0,
-            None => HEADER_BYTES,
-        };
-        match wanted.saturating_sub(self.buffer.len()) {
-            0 => Ok(()),
-            missing => Err(FrameError::CutShort(missing)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::{any, prop, proptest};
@@ -185,35 +127,6 @@ mod tests {
             let frame = Frame { kind, payload: payload.into() };
             let (header, payload) = split(&encode_frame(&frame).unwrap());
             assert_eq!(header.frame(payload).unwrap(), frame);
-        }
-
-        #[test]
-        fn frames_come_out_of_any_pieces(
-            payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..100), 0..6),
-            piece in 1..50_usize,
-            cut in 0..30_usize,
-        ) {
-            let frames: Vec<_> = payloads.into_iter().map(|p| Frame { kind: 3, payload: p.into() }).collect();
-            let bytes: Vec<u8> = frames.iter().flat_map(|frame| encode_frame(frame).unwrap()).collect();
-            let (mut decoder, mut got) = (FrameDecoder::default(), Vec::new());
-            let whole = bytes.len().saturating_sub(cut);
-            for piece in bytes[..whole].chunks(piece) {
-                decoder.push(piece);
-                while let Some(frame) = decoder.next_frame().unwrap() {
-                    got.push(frame);
-                }
-            }
-            let taken: usize = got.iter().map(|frame| HEADER_BYTES + frame.payload.len()).sum();
-            assert_eq!(decoder.end().is_err(), taken < whole);
-            assert_eq!(got[..], frames[..got.len()]);
-        }
-
-        #[test]
-        fn no_bytes_make_the_streaming_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let mut decoder = FrameDecoder::default();
-            decoder.push(&bytes);
-            while let Ok(Some(_)) = decoder.next_frame() {}
-            let _ = decoder.end();
         }
 
         #[test]

@@ -25,9 +25,7 @@ mod transcript;
 
 pub use archive::{VERSION, VERSION_OLDEST};
 pub use error::DecodeError;
-pub use frame::{
-    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameError, FrameHeader, HEADER_BYTES, decode_header, encode_frame,
-};
+pub use frame::{FRAME_BYTES_MAX, Frame, FrameError, FrameHeader, HEADER_BYTES, decode_header, encode_frame};
 pub use hello::{Hello, HelloAnswer, HelloError};
 pub use layout::{LAYOUTS_MAX, LayoutCache};
 pub use limits::TooLong;

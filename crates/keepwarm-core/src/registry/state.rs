@@ -136,16 +136,24 @@ impl Registry {
     #[must_use]
     pub fn set(&self, shard: ShardId) -> Option<ReplicaSet> {
         let set = self.sets.get(shard)?;
-        let member = |place: Place| {
-            let node = &self.nodes[usize::from(place)];
-            Member { node: node.registration.node.clone(), incarnation: node.incarnation }
-        };
+        let member = |place| self.member(place);
         (set.generation > Generation(0)).then(|| ReplicaSet {
             generation: set.generation,
             replicas: set.members().map(member).collect(),
             learner: set.learner().map(member),
             lost_at: (set.lost_at != Timestamp::NEVER).then_some(set.lost_at),
         })
+    }
+
+    /// The first of a shard's set, without the rest of it: what every request asks for.
+    #[must_use]
+    pub fn primary(&self, shard: ShardId) -> Option<Member> {
+        self.sets.get(shard)?.members().next().map(|place| self.member(place))
+    }
+
+    fn member(&self, place: Place) -> Member {
+        let node = &self.nodes[usize::from(place)];
+        Member { node: node.registration.node.clone(), incarnation: node.incarnation }
     }
 
     /// Whether a node is in any set.

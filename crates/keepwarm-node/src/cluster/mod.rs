@@ -77,13 +77,13 @@ impl Cluster {
 
     /// The primary of a session's shard; none while the shard has no set.
     pub(crate) fn owner(&self, id: SessionId) -> Option<Member> {
-        self.told.borrow().set(self.count.shard_of(id))?.replicas.first().cloned()
+        self.told.borrow().primary(self.count.shard_of(id))
     }
 
     /// A node that owns shards.
     pub(crate) fn any_owner(&self) -> Option<NodeName> {
         let map = self.told.borrow().clone();
-        map.shards().find_map(|shard| Some(map.set(shard)?.replicas.first()?.node.clone()))
+        map.shards().find_map(|shard| map.primary(shard)).map(|primary| primary.node)
     }
 
     /// Shards whose primary this process is.
@@ -98,9 +98,7 @@ impl Cluster {
 
     fn owned_where(&self, fits: impl Fn(&Member) -> bool) -> Vec<ShardId> {
         let map = self.told.borrow().clone();
-        map.shards()
-            .filter(|shard| map.set(*shard).is_some_and(|set| set.replicas.first().is_some_and(&fits)))
-            .collect()
+        map.shards().filter(|shard| map.primary(*shard).as_ref().is_some_and(&fits)).collect()
     }
 
     /// Tells another node's replica. What cannot be sent is lost; the core sends it again.
