@@ -88,9 +88,10 @@ impl Shared {
         let outcome = match timeout(PATIENCE, asked).await {
             Ok(Ok((Some(etag), bytes))) => match read(session, &bytes) {
                 Ok(runs) => Outcome::Bytes { revision: etag.revision.0, runs },
-                Err(reason) => {
-                    Outcome::Broken(format!("revision {} has bytes that nobody wrote: {reason}", etag.revision))
-                }
+                Err(reason) => Outcome::Broken(format!(
+                    "revision {} has bytes that nobody wrote: {reason}",
+                    etag.revision
+                )),
             },
             Ok(Ok((None, _))) => Outcome::Broken("a part without its revision".to_owned()),
             Ok(Err(error)) => unread(&error),
@@ -175,8 +176,7 @@ impl<'s> Writer<'s> {
         let made = node.create(&NewSession::new(layout)).await.map_err(|error| error.to_string())?;
         let etag = made.etag().ok_or_else(|| format!("birth '{}' is none", made.birth))?;
         let name = format!("writer {number}");
-        let mut writer =
-            Self { name, shared, session: made.id, etag, cells: 0, cold: true, next: 1, rng };
+        let mut writer = Self { name, shared, session: made.id, etag, cells: 0, cold: true, next: 1, rng };
         shared.progress.lock().unwrap().insert(made.id, 0);
         while writer.cells == 0 {
             writer.write().await;
@@ -200,8 +200,7 @@ impl<'s> Writer<'s> {
     async fn write(&mut self) {
         let run = Run { write: self.next, cells: self.rng.random_range(1..=WRITE_CELLS_MAX) };
         self.next += 1;
-        let put =
-            self.cold || self.cells + run.cells > PART_CELLS_MAX || self.rng.random_range(0..8) == 0;
+        let put = self.cold || self.cells + run.cells > PART_CELLS_MAX || self.rng.random_range(0..8) == 0;
         let base = self.etag.revision.0;
         let op = if put { Op::Put { base, run } } else { Op::Append { base, run } };
         let options = WriteOptions {

@@ -126,7 +126,9 @@ impl Cluster {
         node.out = Some(out);
         match read {
             Ok(Ok(_)) if line.starts_with("ready http=") => Ok(()),
-            Ok(_) => Err(format!("{name} ended, or said '{}', before it was ready: see its log", line.trim())),
+            Ok(_) => {
+                Err(format!("{name} ended, or said '{}', before it was ready: see its log", line.trim()))
+            }
             Err(_) => Err(format!("{name} was not ready within {} s: see its log", READY_MAX.as_secs())),
         }
     }

@@ -131,8 +131,7 @@ pub async fn run(options: &Options) -> Result<Report, String> {
     let kept = tempfile::Builder::new().prefix("keepwarm-chaos-").tempdir();
     let kept = kept.map_err(|error| format!("no temporary folder: {error}"))?;
     let cluster = Cluster::start(&options.program, kept.path(), NODES).await?;
-    let addresses: Vec<_> =
-        cluster.nodes.iter().map(|node| (node.name.clone(), node.url.clone())).collect();
+    let addresses: Vec<_> = cluster.nodes.iter().map(|node| (node.name.clone(), node.url.clone())).collect();
     let shared = Shared::new(&addresses)?;
     let mut run = Run {
         cluster,
@@ -171,7 +170,9 @@ pub async fn run(options: &Options) -> Result<Report, String> {
 /// Writes what is needed to understand a failure beside the logs.
 fn keep(folder: &Path, shared: &Shared, report: &Report) -> std::io::Result<()> {
     let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("history.jsonl"))?);
-    shared.history.with(|records| records.iter().try_for_each(|record| writeln!(file, "{}", record.json())))?;
+    shared
+        .history
+        .with(|records| records.iter().try_for_each(|record| writeln!(file, "{}", record.json())))?;
     file.flush()?;
     std::fs::write(folder.join("report.json"), serde_json::to_vec_pretty(report)?)
 }
@@ -258,7 +259,12 @@ impl Run<'_> {
     }
 
     /// The fault itself; how long a restart took.
-    async fn hurt(&mut self, fault: Fault, hit: &[usize], pause: Duration) -> Result<Option<Duration>, String> {
+    async fn hurt(
+        &mut self,
+        fault: Fault,
+        hit: &[usize],
+        pause: Duration,
+    ) -> Result<Option<Duration>, String> {
         match fault {
             Fault::Kill => {
                 self.cluster.kill(hit).await?;
@@ -298,16 +304,22 @@ impl Run<'_> {
             let more = |session: &Uuid| now[session] - from.get(session).copied().unwrap_or(0);
             now.keys().filter(|session| more(session) < PROGRESS).map(|one| (*one, more(one))).collect()
         };
-        self.until(async || behind().is_empty(), || {
-            let behind = behind();
-            let last = behind.keys().next().and_then(|session| {
-                self.shared.history.with(|records| {
-                    let of = |record: &&history::Record| record.session == *session;
-                    records.iter().rev().find(of).map(|record| record.json().to_string())
-                })
-            });
-            format!("writes stand still, of these sessions: {behind:?}; the last call: {}", last.unwrap_or_default())
-        })
+        self.until(
+            async || behind().is_empty(),
+            || {
+                let behind = behind();
+                let last = behind.keys().next().and_then(|session| {
+                    self.shared.history.with(|records| {
+                        let of = |record: &&history::Record| record.session == *session;
+                        records.iter().rev().find(of).map(|record| record.json().to_string())
+                    })
+                });
+                format!(
+                    "writes stand still, of these sessions: {behind:?}; the last call: {}",
+                    last.unwrap_or_default()
+                )
+            },
+        )
         .await
     }
 
@@ -332,8 +344,12 @@ impl Run<'_> {
                 match client.cluster().await {
                     Ok(cluster)
                         if cluster.nodes.len() == self.shared.nodes.len()
-                            && cluster.nodes.iter().all(|node| node.status == "up" && node.pinned.is_some())
-                            && (cluster.under_replicated_shards, cluster.under_replicated_sessions) == (0, 0) => {}
+                            && cluster
+                                .nodes
+                                .iter()
+                                .all(|node| node.status == "up" && node.pinned.is_some())
+                            && (cluster.under_replicated_shards, cluster.under_replicated_sessions)
+                                == (0, 0) => {}
                     other => {
                         (well, last) = (false, format!("{name} says {other:?}"));
                         break;
@@ -367,7 +383,9 @@ async fn last_look(shared: &Shared, sessions: &[Uuid]) -> Result<(), String> {
             let begun = Instant::now();
             while !shared.read("last look", node, *session).await {
                 if begun.elapsed() > DEADLINE {
-                    return Err(format!("{name} does not give session {session} after all faults have ended"));
+                    return Err(format!(
+                        "{name} does not give session {session} after all faults have ended"
+                    ));
                 }
                 sleep(POLL).await;
             }
