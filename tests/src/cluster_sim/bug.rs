@@ -58,10 +58,9 @@ impl Bug {
     #[must_use]
     pub const fn found_within(self) -> u64 {
         match self {
-            // Several things must go wrong at once.
-            Self::NotReconciled => 200,
             Self::ConfirmedByOne => 100,
-            _ => 20,
+            // Several things must go wrong at once.
+            _ => 200,
         }
     }
 }
