@@ -58,9 +58,11 @@ impl Bug {
     #[must_use]
     pub const fn found_within(self) -> u64 {
         match self {
-            Self::ConfirmedByOne => 100,
             // Several things must go wrong at once.
-            _ => 200,
+            Self::NotReconciled => 200,
+            Self::ConfirmedByOne => 100,
+            Self::GenerationNotChecked => 50,
+            _ => 20,
         }
     }
 }
