@@ -1,6 +1,7 @@
 //! What the whole-system tests share: a real node behind a real listener, and a client that reads answers.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test that cannot go on fails")]
 
+pub mod chaos;
 pub mod cluster_sim;
 pub mod sim;
 

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`.
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `chaos`.
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
 mod test;
@@ -36,6 +36,14 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Node processes killed, restarted and stopped under load, with a checked history: `--seconds N`, `--seed N`,
+    /// `--faults kill,restart,pause,all`, `--report FILE`; see its own `--help`.
+    #[command(disable_help_flag = true)]
+    Chaos {
+        /// Options of the chaos.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
 }
 
 /// The repository's root.
@@ -44,21 +52,32 @@ fn root() -> PathBuf {
 }
 
 /// Builds and runs a package's program.
-fn cargo_run(package: &str, arguments: &[String]) -> Result<bool> {
+fn cargo_run(package: &str, program: &str, arguments: &[String]) -> Result<bool> {
     let mut command = Command::new("cargo");
     command
-        .args(["run", "--release", "--quiet", "--package", package, "--"])
+        .args(["run", "--release", "--quiet", "--package", package, "--bin", program, "--"])
         .args(arguments)
         .current_dir(root());
     Ok(command.status().context("cargo could not be started")?.success())
+}
+
+/// Builds the binary and hurts it.
+fn chaos(arguments: &[String]) -> Result<bool> {
+    let mut build = Command::new("cargo");
+    build.args(["build", "--release", "--quiet", "--package", "keepwarm"]).current_dir(root());
+    if !build.status().context("cargo could not be started")?.success() {
+        return Ok(false);
+    }
+    cargo_run("keepwarm-tests", "chaos", arguments)
 }
 
 fn run(options: &Options) -> Result<bool> {
     match &options.command {
         Task::Test(options) => test::run(&root(), options),
         Task::Tidy => tidy::run(&root()),
-        Task::Bench { names } => cargo_run("keepwarm-benches", names),
-        Task::Sim { options } => cargo_run("keepwarm-tests", options),
+        Task::Bench { names } => cargo_run("keepwarm-benches", "keepwarm-benches", names),
+        Task::Sim { options } => cargo_run("keepwarm-tests", "sim", options),
+        Task::Chaos { options } => chaos(options),
     }
 }
 
