@@ -36,9 +36,23 @@ async fn a_restarted_session_is_cold_until_it_is_written_again() {
     let server = Server::start(Some(folder.path()), Setup::default()).await;
     let path = server.session(&bytes_layout()).await;
     let part = format!("{path}/parts/b");
-    assert_eq!(server.put(&part, vec![7; 1000]).await.status, 200);
+    let write = async |server: &Server| {
+        let id = "6f0b9d0e-5f0e-4f0b-8f5e-3f8f0b9d0e5f";
+        let put = server.request(Method::PUT, &part).header("keepwarm-write-id", id).body(vec![7; 1000]);
+        send(put).await.json()
+    };
+    let written = write(&server).await;
+    assert_eq!(
+        (&written["durability"], &written["holders"]),
+        (&json!("full"), &json!(["n1"])),
+        "{written:?}"
+    );
     server.stop().await;
     let server = Server::start(Some(folder.path()), Setup::default()).await;
+    // The same write again is told what it made, and that no copy of the bytes is left.
+    let again = write(&server).await;
+    assert_eq!(again["revision"], written["revision"], "{again:?}");
+    assert_eq!((&again["durability"], &again["holders"]), (&json!("degraded"), &json!([])), "{again:?}");
     let session = server.get(&path).await.json();
     assert_eq!(
         (session["state"].as_str(), session["cold_reason"].as_str()),

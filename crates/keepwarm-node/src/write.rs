@@ -95,7 +95,7 @@ impl WriteSink {
             return Err(Error::Internal("not a plan".to_owned()));
         };
         if let Some(written) = plan.repeated {
-            let durability = handle.durability(&written.manifest);
+            let durability = handle.written_durability(&written.manifest);
             return Ok(WriteStart::Repeated(WriteDone::Committed(written, durability)));
         }
         let owner = Owner { tenant: key.tenant.clone(), birth: plan.birth };
@@ -313,7 +313,7 @@ impl WriteSink {
         match *answered.answer {
             Answer::Written(written) => {
                 self.handle.metrics().moved("client", "pinned", Bytes(self.received));
-                let durability = self.handle.durability(&written.manifest);
+                let durability = self.handle.written_durability(&written.manifest);
                 Ok(WriteDone::Committed(written, durability))
             }
             Answer::Staged(staged) => Ok(WriteDone::Staged(staged)),

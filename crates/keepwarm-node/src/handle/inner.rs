@@ -271,6 +271,16 @@ impl Handle {
         if full || matches!(manifest.state, State::Cold(_)) { Durability::Full } else { Durability::Degraded }
     }
 
+    /// Whether a write's bytes have all promised copies now: none is left where the session has gone cold between a write
+    /// and its repetition.
+    #[must_use]
+    pub(crate) fn written_durability(&self, manifest: &Manifest) -> Durability {
+        match manifest.state {
+            State::Warm => self.durability(manifest),
+            State::Cold(_) => Durability::Degraded,
+        }
+    }
+
     /// A session has ended: nothing of it is remembered but its tombstone.
     pub(crate) fn ended(&self, key: SessionKey) {
         self.inner.book.end(&key.tenant);

@@ -191,7 +191,7 @@ impl Handle {
         let permit = self.admit()?;
         let answered = self.ask(key, Verb::Commit(commit), Vec::new(), Some(permit)).await?;
         let Answer::Written(written) = *answered.answer else { return Err(odd("a commit")) };
-        let durability = self.durability(&written.manifest);
+        let durability = self.written_durability(&written.manifest);
         Ok(WriteDone::Committed(written, durability))
     }
 
