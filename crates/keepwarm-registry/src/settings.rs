@@ -28,9 +28,10 @@ pub enum Bootstrap {
 pub struct Timers {
     /// A leader shows itself this often.
     pub heartbeat: Duration,
-    /// An election starts after this long without it, at least.
+    /// Shortest wait for an election; each start of a process draws one between the two.
     pub election_min: Duration,
-    /// An election starts after this long without it, at most.
+    /// Longest wait for an election. The wait begins when the leader's lease is over, which lasts as long as this after
+    /// its last sign of life; before that no voter votes for another.
     pub election_max: Duration,
     /// When silence between nodes counts.
     pub detector: DetectorSettings,
@@ -41,12 +42,13 @@ pub struct Timers {
 }
 
 impl Default for Timers {
-    /// For a local network: 50 ms heartbeats, elections after 150 to 300 ms, suspicion after 400 ms.
+    /// For a local network: an election 290 to 400 ms after a leader's last sign of life, and suspicion after 400 ms; so a
+    /// second election, where the first is split, still ends within the second that a take-over may take.
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_millis(50),
-            election_min: Duration::from_millis(150),
-            election_max: Duration::from_millis(300),
+            heartbeat: Duration::from_millis(30),
+            election_min: Duration::from_millis(90),
+            election_max: Duration::from_millis(200),
             detector: DetectorSettings::default(),
             tick: Duration::from_millis(25),
             poll: Duration::from_secs(1),
