@@ -74,7 +74,7 @@ impl World {
         let (now, clock) = (self.now, self.nodes[at].clock);
         let Some(process) = &mut self.nodes[at].process else { return };
         let Some(replica) = process.replicas.get(&shard) else { return };
-        let due = replica.next_deadline(clock.shows(now));
+        let due = replica.next_deadline();
         if due == Timestamp::NEVER {
             return;
         }

@@ -71,6 +71,8 @@ pub struct Replica {
     /// Sessions whose head may not be on disk yet, by the number of records on their way.
     pub(super) saving: BTreeMap<SessionKey, u32>,
     retries: Vec<(Timestamp, Saving, Vec<Record>)>,
+    /// When a primary looks at what is late next, while anything is unanswered; events in between do not put it off.
+    look_at: Option<Timestamp>,
     /// Bytes that came and that no manifest names yet, until when they are kept.
     pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
     /// Bytes that were being fetched when the office ended: they go when they are there.
@@ -105,6 +107,7 @@ impl Replica {
             local: HashMap::new(),
             saving: BTreeMap::new(),
             retries: Vec::new(),
+            look_at: None,
             inbox: BTreeMap::new(),
             unwanted: BTreeMap::new(),
             sent: 0,
@@ -223,15 +226,15 @@ impl Replica {
 
     /// When a [`ReplicaEvent::Tick`] is due.
     #[must_use]
-    pub fn next_deadline(&self, now: Timestamp) -> Timestamp {
+    pub fn next_deadline(&self) -> Timestamp {
         let office = match &self.part {
-            Part::Primary(office) if office.unanswered() => now + LOOK,
             Part::Primary(office) => office.shard.next_deadline(),
             Part::Follower(_) => Timestamp::NEVER,
         };
+        let look = self.look_at.unwrap_or(Timestamp::NEVER);
         let inbox = self.inbox.values().min().copied().unwrap_or(Timestamp::NEVER);
         let retry = self.retries.iter().map(|(at, ..)| *at).min().unwrap_or(Timestamp::NEVER);
-        office.min(inbox).min(retry)
+        office.min(look).min(inbox).min(retry)
     }
 
     /// Takes one event and says what to do, in order.
@@ -270,10 +273,13 @@ impl Replica {
             }
             ReplicaEvent::Tick => self.tick(now, &mut out),
         }
+        let late = matches!(&self.part, Part::Primary(office) if office.unanswered());
+        self.look_at = late.then(|| self.look_at.unwrap_or(now + LOOK));
         out
     }
 
     fn tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        self.look_at = None;
         let late: Vec<_> =
             self.inbox.iter().filter(|(_, until)| **until <= now).map(|(instance, _)| *instance).collect();
         if !late.is_empty() {

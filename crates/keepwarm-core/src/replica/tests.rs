@@ -336,3 +336,28 @@ fn a_comparison_that_comes_late_drops_nothing_that_came_since() {
     net.replicas[1].on(NOW, ReplicaEvent::Peer(late));
     assert_eq!(net.replicas[1].head(&key), net.replicas[0].head(&key));
 }
+
+//= GUARANTEES.md#G10
+#[test]
+fn a_busy_primary_looks_at_what_is_late_all_the_same() {
+    let mut net = three();
+    let key = net.create(1);
+    // The learner never hears the comparison; the session is read and written on.
+    net.replicas[0].on(NOW, ReplicaEvent::Set(set(2, &[1, 2, 3], Some(4))));
+    let asked = |command: &ReplicaCommand| {
+        let ReplicaCommand::Send(envelope) = command else { return false };
+        envelope.to == member(4) && matches!(envelope.message, Message::Compare(_))
+    };
+    let (mut now, mut id, mut asks) = (NOW, 10, 0);
+    while now < NOW + Millis(2_000) {
+        now = now + Millis(5);
+        id += 1;
+        let request = Request { id: RequestId(id), key: key.clone(), verb: Verb::Get };
+        let mut commands = net.replicas[0].on(now, ReplicaEvent::Request(request));
+        if net.replicas[0].next_deadline() <= now {
+            commands.extend(net.replicas[0].on(now, ReplicaEvent::Tick));
+        }
+        asks += commands.iter().filter(|command| asked(command)).count();
+    }
+    assert!((4..=7).contains(&asks), "once every RESEND: {asks}");
+}

@@ -63,7 +63,7 @@ impl Actor for ShardActor {
         _: ActorRef<ShardMsg>,
         args: ShardArgs,
     ) -> Result<ShardState, ActorProcessingErr> {
-        args.deadline.store(args.core.next_deadline(now()).0, Ordering::Relaxed);
+        args.deadline.store(args.core.next_deadline().0, Ordering::Relaxed);
         Ok(ShardState { args, guards: Guards::default(), waiting: HashMap::new(), next: 0 })
     }
 
@@ -120,7 +120,7 @@ impl Actor for ShardActor {
             }
             ShardMsg::Panic => panic!("a panic was asked for"),
         }
-        state.args.deadline.store(state.args.core.next_deadline(now()).0, Ordering::Relaxed);
+        state.args.deadline.store(state.args.core.next_deadline().0, Ordering::Relaxed);
         Ok(())
     }
 }
