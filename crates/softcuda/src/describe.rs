@@ -323,9 +323,12 @@ mod tests {
         let machine = Machine::from_file(text, false).unwrap();
         assert_eq!(machine.devices.len(), 1, "MIG instances hide behind whole GPUs");
         assert_eq!(machine.devices[0].uuid[..3], [0, 0x11, 0x22]);
-        let mig = Machine::from_file("{\"gpu\":[{\"mig\":[{\"profile\":\"1g\",\"memory\":\"1MiB\"}]}]}", true).unwrap();
+        let mig =
+            Machine::from_file("{\"gpu\":[{\"mig\":[{\"profile\":\"1g\",\"memory\":\"1MiB\"}]}]}", true)
+                .unwrap();
         assert_eq!(mig.devices[0].name, "softcuda MIG 1g");
-        let all = build(file(text, false).unwrap(), Some("MIG-736f6674-6375-6461-2d67-707502000001,0")).unwrap();
+        let all =
+            build(file(text, false).unwrap(), Some("MIG-736f6674-6375-6461-2d67-707502000001,0")).unwrap();
         assert_eq!(all.devices[0].memory, 128 << 20);
         assert_eq!(all.devices[1].name, "A");
         assert!(build(file(text, false).unwrap(), Some("MIG-0")).unwrap().devices.is_empty());

@@ -189,7 +189,8 @@ impl Driver {
         };
         let orders = fault::parse(text)?;
         for order in &orders {
-            if let Order::Hang(Some(device)) | Order::Resume(Some(device)) | Order::Lose(Some(device), _) = order
+            if let Order::Hang(Some(device)) | Order::Resume(Some(device)) | Order::Lose(Some(device), _) =
+                order
                 && *device >= self.devices.len()
             {
                 return Err(format!("there is no device {device}: there are {}", self.devices.len()));
@@ -226,7 +227,12 @@ impl Driver {
     }
 
     /// Makes a stream in a context.
-    pub(crate) fn start_stream(&self, context: &Arc<Context>, blocking: bool, priority: i32) -> Answer<Arc<Stream>> {
+    pub(crate) fn start_stream(
+        &self,
+        context: &Arc<Context>,
+        blocking: bool,
+        priority: i32,
+    ) -> Answer<Arc<Stream>> {
         let number = self.streams_made.fetch_add(1, Ordering::Relaxed);
         Stream::start(context, number, self.races.agent(), blocking, priority)
     }

@@ -61,7 +61,8 @@ impl Launch {
         parameters: usize,
     ) -> Answer<Self> {
         let threads: u64 = block.iter().map(|side| u64::from(*side)).product();
-        let limits = grid.contains(&0) || block.contains(&0) || grid[1] > 65_535 || grid[2] > 65_535 || block[2] > 64;
+        let limits =
+            grid.contains(&0) || block.contains(&0) || grid[1] > 65_535 || grid[2] > 65_535 || block[2] > 64;
         if limits || threads > BLOCK_MAX || shared > SHARED_MAX {
             return Err(Code::INVALID_VALUE);
         }

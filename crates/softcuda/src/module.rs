@@ -48,7 +48,9 @@ static OBJECT: OnceLock<Option<usize>> = OnceLock::new();
 fn object() -> Answer<usize> {
     let open = || {
         let Ok(path) = std::env::var("SOFTCUDA_KERNELS") else {
-            report::say("SOFTCUDA_KERNELS is not set: it names the shared object that softcuda-kernels makes of .cu files");
+            report::say(
+                "SOFTCUDA_KERNELS is not set: it names the shared object that softcuda-kernels makes of .cu files",
+            );
             return None;
         };
         let name = CString::new(path.clone()).ok()?;
@@ -77,7 +79,9 @@ fn find(name: &str) -> Answer<&'static Kernel> {
     // SAFETY: a handle of an open library and a C string.
     let found = unsafe { libc::dlsym(handle as *mut c_void, symbol.as_ptr()) };
     if found.is_null() {
-        report::say(&format!("kernel '{name}' is in the PTX but not in SOFTCUDA_KERNELS: compile its .cu file in"));
+        report::say(&format!(
+            "kernel '{name}' is in the PTX but not in SOFTCUDA_KERNELS: compile its .cu file in"
+        ));
         return Err(Code::NOT_FOUND);
     }
     // SAFETY: symbols of that name are `softcuda_kernel` structures, made by this crate's compiler.
@@ -123,7 +127,8 @@ mod tests {
 
     #[test]
     fn entry_names_are_found() {
-        let ptx = ".version 8.4\n.visible .entry gather(\n .param .u64 a)\n// .entry none(\n.entry scrub ()\n{ }";
+        let ptx =
+            ".version 8.4\n.visible .entry gather(\n .param .u64 a)\n// .entry none(\n.entry scrub ()\n{ }";
         assert_eq!(entries(ptx), ["gather", "scrub"]);
     }
 }

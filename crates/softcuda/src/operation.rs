@@ -43,10 +43,24 @@ pub(crate) type HostFunction = unsafe extern "C" fn(*mut libc::c_void);
 /// What an operation does.
 #[derive(Debug)]
 pub(crate) enum Work {
-    Copy { from: End, to: End, bytes: usize },
+    Copy {
+        from: End,
+        to: End,
+        bytes: usize,
+    },
     /// Rows of `bytes` each, with the distance from one to the next on both sides.
-    Rows { from: usize, to: usize, pitches: (usize, usize), bytes: usize, rows: usize },
-    Fill { at: usize, unit: Vec<u8>, bytes: usize },
+    Rows {
+        from: usize,
+        to: usize,
+        pitches: (usize, usize),
+        bytes: usize,
+        rows: usize,
+    },
+    Fill {
+        at: usize,
+        unit: Vec<u8>,
+        bytes: usize,
+    },
     Launch(Launch),
     Host(HostFunction, usize),
     Record(Arc<Record>),
@@ -97,7 +111,10 @@ impl Operation {
             (true, None) => self.perform(driver, context),
         };
         if let Err(code) = result {
-            crate::report::say(&format!("{} #{} on stream {} failed: code {}", self.stamp.symbol, self.stamp.sequence, stream.number, code.0));
+            crate::report::say(&format!(
+                "{} #{} on stream {} failed: code {}",
+                self.stamp.symbol, self.stamp.sequence, stream.number, code.0
+            ));
             context.set_sticky(code);
         }
         // What others wait for, or what keeps the books, happens in a sick context too.
@@ -168,12 +185,21 @@ impl Operation {
     }
 
     /// Checks a range that this operation touches, and holds it.
-    fn touch(&self, driver: &Driver, context: &Context, at: usize, bytes: usize, write: bool) -> Answer<Option<Arc<Allocation>>> {
+    fn touch(
+        &self,
+        driver: &Driver,
+        context: &Context,
+        at: usize,
+        bytes: usize,
+        write: bool,
+    ) -> Answer<Option<Arc<Allocation>>> {
         if bytes == 0 {
             return Ok(None);
         }
         let allocation = driver.space.holds(at, bytes).ok_or(Code::ILLEGAL_ADDRESS)?;
-        if matches!(self.work, Work::Launch(_)) && allocation.device().is_some_and(|device| !context.reaches(device)) {
+        if matches!(self.work, Work::Launch(_))
+            && allocation.device().is_some_and(|device| !context.reaches(device))
+        {
             return Err(Code::ILLEGAL_ADDRESS);
         }
         driver.races.access(&self.stamp, &allocation, (at, bytes), write);
@@ -212,7 +238,8 @@ pub(crate) fn stage(at: usize, bytes: usize) -> Vec<u8> {
 
 /// Releases memory at once, for calls that have waited for everything that uses it.
 pub(crate) fn end_now(driver: &Driver, allocation: &Arc<Allocation>) {
-    if allocation.device().is_some() && !matches!(allocation.place, crate::memory::space::Place::Imported(_)) {
+    if allocation.device().is_some() && !matches!(allocation.place, crate::memory::space::Place::Imported(_))
+    {
         fill(allocation.start, allocation.bytes, POISON_FREED);
     }
     driver.unexport(allocation);

@@ -79,12 +79,13 @@ fn live(driver: &Driver) -> Live {
 /// Everything, as one JSON object.
 pub(crate) fn json(driver: &Driver) -> String {
     let (found, count, histories_dropped) = driver.races.found();
-    let devices = driver.devices.iter().zip(&driver.machine.devices).map(|(device, described)| DeviceFigures {
-        name: described.name.clone(),
-        memory: described.memory,
-        free: device.budget.free(),
-        lost: device.lost.load(Ordering::Acquire),
-    });
+    let devices =
+        driver.devices.iter().zip(&driver.machine.devices).map(|(device, described)| DeviceFigures {
+            name: described.name.clone(),
+            memory: described.memory,
+            free: device.budget.free(),
+            lost: device.lost.load(Ordering::Acquire),
+        });
     let statistics = Statistics {
         calls: lock(&driver.calls).clone(),
         operations: driver.operations.load(Ordering::Relaxed),

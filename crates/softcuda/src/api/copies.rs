@@ -140,7 +140,8 @@ fn rows(call: &Within, copy: &Copy2D, stream: usize) -> Answer<()> {
             _ => Err(Code::INVALID_VALUE),
         }
     };
-    let from = side(copy.from_type, copy.from_host, copy.from_device, copy.from_x, copy.from_y, copy.from_pitch)?;
+    let from =
+        side(copy.from_type, copy.from_host, copy.from_device, copy.from_x, copy.from_y, copy.from_pitch)?;
     let to = side(copy.to_type, copy.to_host, copy.to_device, copy.to_x, copy.to_y, copy.to_pitch)?;
     for (kind, (start, _, span)) in [(copy.from_type, from), (copy.to_type, to)] {
         if kind == HOST && !pinned(call, start, span) {

@@ -36,10 +36,17 @@ symbol! { within fn cuMemAlloc_v2(address: *mut usize, bytes: usize) |call| {
 } }
 
 /// Claims what starts there, if it is of that kind.
-fn claim(call: &Within, address: usize, kind: impl Fn(Place) -> bool, otherwise: Code) -> Answer<Arc<Allocation>> {
+fn claim(
+    call: &Within,
+    address: usize,
+    kind: impl Fn(Place) -> bool,
+    otherwise: Code,
+) -> Answer<Arc<Allocation>> {
     let space = &call.driver().space;
     match space.find(address) {
-        Some(found) if found.start == address && kind(found.place) => space.claim(address).ok_or(Code::INVALID_VALUE),
+        Some(found) if found.start == address && kind(found.place) => {
+            space.claim(address).ok_or(Code::INVALID_VALUE)
+        }
         _ => Err(otherwise),
     }
 }

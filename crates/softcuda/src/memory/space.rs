@@ -2,8 +2,8 @@
 #![expect(unsafe_code, reason = "maps memory and writes poison into it")]
 
 use std::collections::BTreeMap;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::fd::AsRawFd;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -136,7 +136,10 @@ impl Space {
         // its share of the budget.
         let strides: Vec<usize> = memories
             .iter()
-            .map(|memory| (usize::try_from(*memory).unwrap_or(usize::MAX / 256) * 2 + (64 << 20)).next_multiple_of(2 << 20))
+            .map(|memory| {
+                (usize::try_from(*memory).unwrap_or(usize::MAX / 256) * 2 + (64 << 20))
+                    .next_multiple_of(2 << 20)
+            })
             .collect();
         let bytes = strides.iter().sum::<usize>() + 2 * SIDE_AREA;
         // SAFETY: a fresh mapping at an address that the kernel chooses.
@@ -194,7 +197,14 @@ impl Space {
         (self.base, self.base + self.bytes)
     }
 
-    fn insert(&self, start: usize, bytes: usize, place: Place, context: usize, pool: Option<usize>) -> Arc<Allocation> {
+    fn insert(
+        &self,
+        start: usize,
+        bytes: usize,
+        place: Place,
+        context: usize,
+        pool: Option<usize>,
+    ) -> Arc<Allocation> {
         let allocation = Arc::new(Allocation {
             id: self.serial.fetch_add(1, Ordering::Relaxed),
             start,
@@ -214,7 +224,13 @@ impl Space {
     }
 
     /// Device memory, unpoisoned: who allocates does that when the allocation takes place.
-    pub(crate) fn device(&self, device: usize, bytes: usize, context: usize, pool: Option<usize>) -> Answer<Arc<Allocation>> {
+    pub(crate) fn device(
+        &self,
+        device: usize,
+        bytes: usize,
+        context: usize,
+        pool: Option<usize>,
+    ) -> Answer<Arc<Allocation>> {
         self.room()?;
         let backing = self.devices.get(device).ok_or(Code::INVALID_DEVICE)?;
         let start = lock(&backing.area).take(bytes, ALIGNMENT).ok_or(Code::OUT_OF_MEMORY)?;

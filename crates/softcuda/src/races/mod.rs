@@ -83,7 +83,10 @@ impl Stamp {
         if self.agent == HOST {
             return format!("{} (host)", self.symbol);
         }
-        format!("{}{detail} #{} on stream {} of device {}", self.symbol, self.sequence, self.stream, self.device)
+        format!(
+            "{}{detail} #{} on stream {} of device {}",
+            self.symbol, self.sequence, self.stream, self.device
+        )
     }
 }
 
@@ -193,11 +196,26 @@ impl Detector {
         let count = clocks.host.advance(HOST);
         let clock = clocks.host.clone();
         drop(clocks);
-        Arc::new(Stamp { agent: HOST, count, clock, symbol, detail: None, device: 0, stream: 0, sequence: count })
+        Arc::new(Stamp {
+            agent: HOST,
+            count,
+            clock,
+            symbol,
+            detail: None,
+            device: 0,
+            stream: 0,
+            sequence: count,
+        })
     }
 
     /// An operation touches a range of a live allocation.
-    pub(crate) fn access(&self, stamp: &Arc<Stamp>, allocation: &Allocation, range: (usize, usize), write: bool) {
+    pub(crate) fn access(
+        &self,
+        stamp: &Arc<Stamp>,
+        allocation: &Allocation,
+        range: (usize, usize),
+        write: bool,
+    ) {
         if self.policy == Policy::Off || range.1 == 0 {
             return;
         }
@@ -217,7 +235,10 @@ impl Detector {
                 kind,
                 offset: start,
                 bytes: end - start,
-                allocation: format!("{:?} allocation {} of {} bytes", allocation.place, allocation.id, allocation.bytes),
+                allocation: format!(
+                    "{:?} allocation {} of {} bytes",
+                    allocation.place, allocation.id, allocation.bytes
+                ),
             });
         }
     }

@@ -40,7 +40,13 @@ impl Shadow {
     }
 
     /// Takes an access in, and tells the first conflict with what was there.
-    pub(super) fn access(&mut self, stamp: &Arc<Stamp>, start: usize, end: usize, write: bool) -> Option<Conflict> {
+    pub(super) fn access(
+        &mut self,
+        stamp: &Arc<Stamp>,
+        start: usize,
+        end: usize,
+        write: bool,
+    ) -> Option<Conflict> {
         self.split(start);
         self.split(end);
         let mut conflict: Option<Conflict> = None;
@@ -52,7 +58,8 @@ impl Shadow {
             }
             at = segment.end;
             if conflict.is_none() {
-                conflict = segment.conflict(stamp, write).map(|(other, kind)| (other, kind, from, segment.end));
+                conflict =
+                    segment.conflict(stamp, write).map(|(other, kind)| (other, kind, from, segment.end));
             }
             if !write {
                 segment.reads.retain(|read| read.agent != stamp.agent);
