@@ -80,12 +80,12 @@ impl Context {
 
     /// The first sticky error stays.
     pub(crate) fn set_sticky(&self, code: Code) {
-        drop(self.sticky.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Acquire));
+        let _ = self.sticky.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// An error that one later call reports.
     pub(crate) fn set_pending(&self, code: Code) {
-        drop(self.pending.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Acquire));
+        let _ = self.pending.compare_exchange(0, code.0, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// As after a reset of the device.

@@ -4,62 +4,56 @@ use std::ffi::CStr;
 
 /// A `CUresult` other than success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Code(pub u32);
+pub(crate) struct Code(pub u32);
 
 /// What a call answers.
-pub type Answer<T> = Result<T, Code>;
+pub(crate) type Answer<T> = Result<T, Code>;
 
 impl Code {
     /// A parameter is out of its range.
-    pub const INVALID_VALUE: Self = Self(1);
+    pub(crate) const INVALID_VALUE: Self = Self(1);
     /// The device's memory or a limit of this library is used up.
-    pub const OUT_OF_MEMORY: Self = Self(2);
+    pub(crate) const OUT_OF_MEMORY: Self = Self(2);
     /// `cuInit` was not called, or failed.
-    pub const NOT_INITIALIZED: Self = Self(3);
+    pub(crate) const NOT_INITIALIZED: Self = Self(3);
     /// There is no device.
-    pub const NO_DEVICE: Self = Self(100);
+    pub(crate) const NO_DEVICE: Self = Self(100);
     /// There is no device of that ordinal.
-    pub const INVALID_DEVICE: Self = Self(101);
+    pub(crate) const INVALID_DEVICE: Self = Self(101);
     /// A module's image is neither PTX text nor readable.
-    pub const INVALID_IMAGE: Self = Self(200);
+    pub(crate) const INVALID_IMAGE: Self = Self(200);
     /// No context is current, or it is gone.
-    pub const INVALID_CONTEXT: Self = Self(201);
+    pub(crate) const INVALID_CONTEXT: Self = Self(201);
     /// Memory could not be mapped.
-    pub const MAP_FAILED: Self = Self(205);
-    /// An ECC error that could not be corrected.
-    pub const ECC_UNCORRECTABLE: Self = Self(214);
+    pub(crate) const MAP_FAILED: Self = Self(205);
     /// The two devices cannot reach each other's memory.
-    pub const PEER_ACCESS_UNSUPPORTED: Self = Self(217);
+    pub(crate) const PEER_ACCESS_UNSUPPORTED: Self = Self(217);
     /// The machine refused what was asked of it.
-    pub const OPERATING_SYSTEM: Self = Self(304);
+    pub(crate) const OPERATING_SYSTEM: Self = Self(304);
     /// A handle names nothing that lives.
-    pub const INVALID_HANDLE: Self = Self(400);
+    pub(crate) const INVALID_HANDLE: Self = Self(400);
     /// A name was not found.
-    pub const NOT_FOUND: Self = Self(500);
+    pub(crate) const NOT_FOUND: Self = Self(500);
     /// Work is not done yet.
-    pub const NOT_READY: Self = Self(600);
+    pub(crate) const NOT_READY: Self = Self(600);
     /// An access outside of live memory; sticky.
-    pub const ILLEGAL_ADDRESS: Self = Self(700);
-    /// A launch asks for more than the device has.
-    pub const LAUNCH_OUT_OF_RESOURCES: Self = Self(701);
+    pub(crate) const ILLEGAL_ADDRESS: Self = Self(700);
     /// Peer access is enabled already.
-    pub const PEER_ACCESS_ALREADY_ENABLED: Self = Self(704);
+    pub(crate) const PEER_ACCESS_ALREADY_ENABLED: Self = Self(704);
     /// Peer access is not enabled.
-    pub const PEER_ACCESS_NOT_ENABLED: Self = Self(705);
+    pub(crate) const PEER_ACCESS_NOT_ENABLED: Self = Self(705);
     /// The context was destroyed.
-    pub const CONTEXT_IS_DESTROYED: Self = Self(709);
+    pub(crate) const CONTEXT_IS_DESTROYED: Self = Self(709);
     /// That memory is registered already.
-    pub const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
+    pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
     /// That memory is not registered.
-    pub const HOST_MEMORY_NOT_REGISTERED: Self = Self(713);
-    /// A kernel failed; sticky.
-    pub const LAUNCH_FAILED: Self = Self(719);
+    pub(crate) const HOST_MEMORY_NOT_REGISTERED: Self = Self(713);
     /// Not allowed here, such as a driver call in a host function.
-    pub const NOT_PERMITTED: Self = Self(800);
+    pub(crate) const NOT_PERMITTED: Self = Self(800);
     /// Not supported by this device.
-    pub const NOT_SUPPORTED: Self = Self(801);
+    pub(crate) const NOT_SUPPORTED: Self = Self(801);
     /// Something else.
-    pub const UNKNOWN: Self = Self(999);
+    pub(crate) const UNKNOWN: Self = Self(999);
 
     /// Its name and text, if the driver API has it.
     pub(crate) fn describe(number: u32) -> Option<(&'static CStr, &'static CStr)> {

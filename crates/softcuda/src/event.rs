@@ -1,6 +1,5 @@
 //! Events: where a stream had come to when one was recorded. Owns times and clocks, not the waiting.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -38,12 +37,11 @@ pub(crate) struct Event {
     pub(crate) context: usize,
     flags: u32,
     state: Mutex<Option<Recorded>>,
-    pub(crate) gone: AtomicBool,
 }
 
 impl Event {
     pub(crate) fn new(context: usize, flags: u32) -> Self {
-        Self { context, flags, state: Mutex::new(None), gone: AtomicBool::new(false) }
+        Self { context, flags, state: Mutex::new(None) }
     }
 
     pub(crate) fn set(&self, recorded: Recorded) {

@@ -21,7 +21,7 @@ const MAGIC: u32 = 0x5C1B_C001;
 /// `CUipcMemHandle`: 64 bytes that another process can be sent.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Handle {
+pub(crate) struct Handle {
     magic: u32,
     process: u32,
     descriptor: i32,

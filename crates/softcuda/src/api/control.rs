@@ -13,7 +13,7 @@ use crate::statistics;
 /// # Safety
 /// `orders` is null or a C string.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "named like its neighbours")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn softcudaFault(orders: *const c_char) -> u32 {
     if orders.is_null() {
         return Code::INVALID_VALUE.0;
@@ -35,7 +35,7 @@ pub unsafe extern "C" fn softcudaFault(orders: *const c_char) -> u32 {
 /// # Safety
 /// `buffer` is null or a place for `length` bytes.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "named like its neighbours")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn softcudaStatistics(buffer: *mut c_char, length: usize) -> usize {
     let Some(driver) = Driver::get() else { return 0 };
     let text = statistics::json(driver);
@@ -57,7 +57,7 @@ pub unsafe extern "C" fn softcudaStatistics(buffer: *mut c_char, length: usize) 
 /// # Safety
 /// None needed: the range is only looked up.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "named like its neighbours")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn softcudaHostAccess(address: usize, bytes: usize, write: i32) -> u32 {
     let Some(driver) = Driver::get() else { return Code::NOT_INITIALIZED.0 };
     let Some(allocation) = driver.space.holds(address, bytes) else { return Code::INVALID_VALUE.0 };

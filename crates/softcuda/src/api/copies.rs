@@ -93,7 +93,7 @@ symbol! { within fn cuMemcpyPeerAsync(
 /// `CUDA_MEMCPY2D`.
 #[repr(C)]
 #[derive(Debug)]
-pub struct Copy2D {
+pub(crate) struct Copy2D {
     from_x: usize,
     from_y: usize,
     from_type: u32,

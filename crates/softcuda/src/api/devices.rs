@@ -15,7 +15,7 @@ use crate::launch::{BLOCK_MAX, SHARED_MAX};
 /// # Safety
 /// None needed.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "the driver API's name")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn cuInit(flags: u32) -> u32 {
     if flags != 0 {
         return Code::INVALID_VALUE.0;
@@ -28,7 +28,7 @@ pub unsafe extern "C" fn cuInit(flags: u32) -> u32 {
 /// # Safety
 /// `version` is null or a place for an int.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "the driver API's name")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> u32 {
     let told = match Driver::get() {
         Some(driver) => Ok(driver.machine.driver_version),
@@ -52,7 +52,7 @@ fn text(code: u32, place: *mut *const c_char, name: bool) -> u32 {
 /// # Safety
 /// `place` is null or a place for a pointer.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "the driver API's name")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn cuGetErrorString(code: u32, place: *mut *const c_char) -> u32 {
     text(code, place, false)
 }
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn cuGetErrorString(code: u32, place: *mut *const c_char) 
 /// # Safety
 /// `place` is null or a place for a pointer.
 #[unsafe(no_mangle)]
-#[expect(non_snake_case, reason = "the driver API's name")]
+#[allow(unreachable_pub, reason = "exported under its C name")]
 pub unsafe extern "C" fn cuGetErrorName(code: u32, place: *mut *const c_char) -> u32 {
     text(code, place, true)
 }

@@ -163,7 +163,7 @@ symbol! { within fn cuPointerGetAttribute(value: usize, attribute: u32, address:
 /// The head of `CUmemPoolProps`.
 #[repr(C)]
 #[derive(Debug)]
-pub struct PoolProperties {
+pub(crate) struct PoolProperties {
     allocation_type: u32,
     handle_types: u32,
     location_type: u32,
@@ -198,7 +198,7 @@ symbol! { plain fn cuMemPoolDestroy(pool: usize) |call| {
         // What is in use stays charged to the device until it is freed; the driver keeps the pool that long.
         crate::report::say("cuMemPoolDestroy of a pool with live allocations: it goes when they do");
     }
-    drop(device.current_pool.compare_exchange(pool, device.default_pool, Ordering::AcqRel, Ordering::Acquire));
+    let _ = device.current_pool.compare_exchange(pool, device.default_pool, Ordering::AcqRel, Ordering::Acquire);
     gone.set_threshold(0);
     gone.trim(0, &device.budget);
     if gone.figures().used == 0 { call.driver.pools.remove(pool).map(drop) } else { Ok(()) }

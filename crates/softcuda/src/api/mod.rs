@@ -2,7 +2,6 @@
 //! that is not here does not exist, so that a program which asks for it learns that it is missing.
 //!
 //! Every function's contract is the driver API's own.
-#![expect(unsafe_code, reason = "exports C symbols")]
 
 mod contexts;
 mod control;
@@ -20,7 +19,7 @@ macro_rules! symbol {
         /// # Safety
         /// The driver API's contract for its arguments.
         #[unsafe(no_mangle)]
-        #[allow(non_snake_case, reason = "the driver API's name")]
+        #[allow(non_snake_case, unreachable_pub, reason = "exported under the driver API's name")]
         pub unsafe extern "C" fn $name($($argument: $type),*) -> u32 {
             $crate::call::$kind(stringify!($name), |$call| $body)
         }

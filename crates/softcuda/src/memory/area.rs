@@ -39,7 +39,8 @@ impl Area {
         self.taken.remove(&start);
     }
 
-    pub(crate) fn contains(&self, address: usize) -> bool {
+    #[cfg(test)]
+    fn contains(&self, address: usize) -> bool {
         (self.base..self.base + self.bytes).contains(&address)
     }
 

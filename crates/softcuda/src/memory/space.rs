@@ -336,12 +336,6 @@ impl Space {
         let base = lock(&backing.area).base();
         Some((backing.file.as_raw_fd(), base))
     }
-
-    /// Whether an address lies in an area for devices, live or not.
-    pub(crate) fn is_device_address(&self, address: usize) -> bool {
-        self.devices.iter().any(|backing| lock(&backing.area).contains(address))
-            || lock(&self.imported).contains(address)
-    }
 }
 
 /// Fills mapped memory with one byte.

@@ -17,7 +17,7 @@ fn two_streams_without_a_wait_race_and_with_one_do_not() {
     let mut shadow = Shadow::default();
     let first = stamp(&detector, a, &[]);
     assert!(!clashes(&mut shadow, &first, (0, 100), true));
-    let ordered = stamp(&detector, b, &[first.clock.clone()]);
+    let ordered = stamp(&detector, b, std::slice::from_ref(&first.clock));
     assert!(!clashes(&mut shadow, &ordered, (50, 60), false));
     let second = stamp(&detector, a, &[]);
     assert!(clashes(&mut shadow, &second, (55, 56), true), "b's read is not ordered before a's second write");
