@@ -61,6 +61,7 @@ impl Bug {
             // Several things must go wrong at once.
             Self::NotReconciled => 200,
             Self::ConfirmedByOne => 100,
+            Self::GenerationNotChecked => 50,
             _ => 20,
         }
     }

@@ -273,8 +273,8 @@ impl Replica {
             }
             ReplicaEvent::Tick => self.tick(now, &mut out),
         }
-        let late = matches!(&self.part, Part::Primary(office) if office.unanswered());
-        self.look_at = late.then(|| self.look_at.unwrap_or(now + LOOK));
+        let open = matches!(&self.part, Part::Primary(office) if office.unanswered());
+        self.look_at = open.then(|| self.look_at.unwrap_or(now + LOOK));
         out
     }
 

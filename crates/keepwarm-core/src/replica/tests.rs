@@ -342,7 +342,7 @@ fn a_comparison_that_comes_late_drops_nothing_that_came_since() {
 fn a_busy_primary_looks_at_what_is_late_all_the_same() {
     let mut net = three();
     let key = net.create(1);
-    // The learner never hears the comparison; the session is read and written on.
+    // The learner never hears the comparison, and the session is read every 5 ms.
     net.replicas[0].on(NOW, ReplicaEvent::Set(set(2, &[1, 2, 3], Some(4))));
     let asked = |command: &ReplicaCommand| {
         let ReplicaCommand::Send(envelope) = command else { return false };
