@@ -90,6 +90,9 @@ fn judge(driver: &Driver, symbol: &'static str, device: Option<usize>) -> Verdic
 /// `cuInit`: makes the driver.
 pub(crate) fn first(symbol: &'static str) -> u32 {
     guarded(symbol, || {
+        if in_host_function() {
+            return (None, Err(Code::NOT_PERMITTED));
+        }
         let answer = Driver::init().and_then(|driver| match judge(driver, symbol, None).refuse {
             Some((code, _)) => Err(code),
             None => Ok(()),

@@ -106,6 +106,7 @@ pub(crate) struct Driver {
     numbers: AtomicUsize,
     streams_made: AtomicU32,
     pub(crate) operations: AtomicU64,
+    pub(crate) operations_done: AtomicU64,
 }
 
 static DRIVER: OnceLock<Result<Driver, Code>> = OnceLock::new();
@@ -167,6 +168,7 @@ impl Driver {
             numbers: AtomicUsize::new(1),
             streams_made: AtomicU32::new(0),
             operations: AtomicU64::new(0),
+            operations_done: AtomicU64::new(0),
         };
         for index in 0..driver.machine.devices.len() {
             let pool = driver.pools.insert(driver.handle(), Arc::new(Pool::new(index)))?;
@@ -373,14 +375,30 @@ impl Driver {
         self.races.forget(allocation);
     }
 
+    /// A pool that allocations may still come from.
+    pub(crate) fn pool(&self, handle: usize) -> Answer<Arc<Pool>> {
+        self.pools
+            .get(handle)
+            .and_then(|pool| if pool.is_closed() { Err(Code::INVALID_HANDLE) } else { Ok(pool) })
+    }
+
     /// Gives an allocation's bytes back to its pool or its device.
     pub(crate) fn refund(&self, allocation: &Allocation) {
         let crate::memory::space::Place::Device(device) = allocation.place else { return };
-        match allocation.pool.map(|pool| self.pools.get(pool)) {
-            Some(Ok(pool)) => pool.give(allocation.charged()),
-            // A pool that is gone gave everything back when it went.
-            Some(Err(_)) => {}
-            None => self.devices[device].budget.give(allocation.charged()),
+        let budget = &self.devices[device].budget;
+        let Some(handle) = allocation.pool else { return budget.give(allocation.charged()) };
+        // It is there: a destroyed pool goes with its last allocation.
+        if let Ok(pool) = self.pools.get(handle) {
+            pool.give(allocation.charged());
+            self.bury(handle, &pool);
+        }
+    }
+
+    /// Ends a destroyed pool that nothing is left of.
+    pub(crate) fn bury(&self, handle: usize, pool: &Pool) {
+        if pool.is_closed() && pool.figures().used == 0 {
+            pool.trim(0, &self.devices[pool.device].budget);
+            drop(self.pools.remove(handle));
         }
     }
 

@@ -8,7 +8,7 @@ use crate::context::Context;
 use crate::driver::Driver;
 use crate::error::{Answer, Code};
 use crate::module::{Function, Kernel};
-use crate::races::Stamp;
+use crate::races::{Access, Stamp};
 use crate::report;
 
 /// Threads that a block may have.
@@ -36,8 +36,6 @@ struct Interface<'a> {
     grid: [u32; 3],
     block: [u32; 3],
     shared: u32,
-    checked_from: usize,
-    checked_to: usize,
     run: *const Run<'a>,
     live: unsafe extern "C" fn(*const Run<'_>, usize, *mut usize, *mut usize) -> i32,
     accessed: unsafe extern "C" fn(*const Run<'_>, usize, usize, i32),
@@ -102,13 +100,10 @@ impl Launch {
     /// Runs every block, on this thread.
     pub(crate) fn run(&self, driver: &Driver, context: &Context, stamp: &Arc<Stamp>) -> Answer<()> {
         let run = Run { driver, context, stamp };
-        let (checked_from, checked_to) = driver.space.bounds();
         let interface = Interface {
             grid: self.grid,
             block: self.block,
             shared: self.shared,
-            checked_from,
-            checked_to,
             run: &raw const run,
             live,
             accessed,
@@ -139,12 +134,17 @@ unsafe extern "C" fn live(run: *const Run<'_>, at: usize, from: *mut usize, to: 
     1
 }
 
-/// The kernel read or wrote that range.
-unsafe extern "C" fn accessed(run: *const Run<'_>, from: usize, to: usize, write: i32) {
+/// The kernel read (0), wrote (1) or atomically changed (2) that range.
+unsafe extern "C" fn accessed(run: *const Run<'_>, from: usize, to: usize, access: i32) {
     // SAFETY: as in `live`.
     let run = unsafe { &*run };
     if let Some(allocation) = run.driver.space.holds(from, to - from) {
-        run.driver.races.access(run.stamp, &allocation, (from, to - from), write != 0);
+        let access = match access {
+            0 => Access::Read,
+            1 => Access::Write,
+            _ => Access::Atomic,
+        };
+        run.driver.races.access(run.stamp, &allocation, (from, to - from), access);
     }
 }
 

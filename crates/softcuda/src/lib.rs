@@ -14,6 +14,7 @@ mod error;
 mod event;
 mod fault;
 mod ipc;
+pub mod kernels;
 mod launch;
 pub mod layout;
 mod locks;

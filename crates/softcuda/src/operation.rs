@@ -4,6 +4,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::context::Context;
@@ -14,7 +15,7 @@ use crate::launch::Launch;
 use crate::locks::lock;
 use crate::memory::space::{Allocation, fill};
 use crate::memory::{POISON_ALLOCATED, POISON_FREED};
-use crate::races::Stamp;
+use crate::races::{Access, Stamp};
 use crate::stream::{Marker, Stream};
 
 thread_local! {
@@ -127,6 +128,7 @@ impl Operation {
             _ => {}
         }
         driver.trace.operation(&self.stamp, self.bytes(), began);
+        driver.operations_done.fetch_add(1, Ordering::Relaxed);
     }
 
     fn bytes(&self) -> usize {
@@ -149,7 +151,7 @@ impl Operation {
                 Ok(())
             }
             Work::Fill { at, unit, bytes } => {
-                let _held = self.touch(driver, context, *at, *bytes, true)?;
+                let _held = self.touch(driver, context, *at, *bytes, Access::Write)?;
                 for (index, byte) in unit.iter().enumerate() {
                     if unit.len() == 1 {
                         fill(*at, *bytes, *byte);
@@ -173,11 +175,21 @@ impl Operation {
             }
             Work::Born(allocation) => {
                 fill(allocation.start, allocation.bytes, POISON_ALLOCATED);
-                driver.races.access(&self.stamp, allocation, (allocation.start, allocation.bytes), true);
+                driver.races.access(
+                    &self.stamp,
+                    allocation,
+                    (allocation.start, allocation.bytes),
+                    Access::Write,
+                );
                 Ok(())
             }
             Work::Free(allocation) => {
-                driver.races.access(&self.stamp, allocation, (allocation.start, allocation.bytes), true);
+                driver.races.access(
+                    &self.stamp,
+                    allocation,
+                    (allocation.start, allocation.bytes),
+                    Access::Write,
+                );
                 Ok(())
             }
             Work::Record(_) | Work::Nothing => Ok(()),
@@ -191,7 +203,7 @@ impl Operation {
         context: &Context,
         at: usize,
         bytes: usize,
-        write: bool,
+        access: Access,
     ) -> Answer<Option<Arc<Allocation>>> {
         if bytes == 0 {
             return Ok(None);
@@ -202,19 +214,19 @@ impl Operation {
         {
             return Err(Code::ILLEGAL_ADDRESS);
         }
-        driver.races.access(&self.stamp, &allocation, (at, bytes), write);
+        driver.races.access(&self.stamp, &allocation, (at, bytes), access);
         Ok(Some(allocation))
     }
 
     fn copy(&self, driver: &Driver, context: &Context, from: &End, to: &End, bytes: usize) -> Answer<()> {
         let (source, _source) = match from {
-            End::Known(at) => (*at as *const u8, self.touch(driver, context, *at, bytes, false)?),
+            End::Known(at) => (*at as *const u8, self.touch(driver, context, *at, bytes, Access::Read)?),
             End::Staged(staged) => (staged.as_ptr(), None),
             End::Pageable(at) => (*at as *const u8, None),
         };
         let (target, _target) = match to {
             End::Known(at) | End::Pageable(at) if bytes == 0 => (*at as *mut u8, None),
-            End::Known(at) => (*at as *mut u8, self.touch(driver, context, *at, bytes, true)?),
+            End::Known(at) => (*at as *mut u8, self.touch(driver, context, *at, bytes, Access::Write)?),
             End::Pageable(at) => (*at as *mut u8, None),
             End::Staged(_) => return Err(Code::INVALID_VALUE),
         };

@@ -14,6 +14,7 @@ use crate::races::Race;
 struct Statistics {
     calls: BTreeMap<&'static str, u64>,
     operations: u64,
+    operations_done: u64,
     faults_injected: u64,
     live: Live,
     devices: Vec<DeviceFigures>,
@@ -89,6 +90,7 @@ pub(crate) fn json(driver: &Driver) -> String {
     let statistics = Statistics {
         calls: lock(&driver.calls).clone(),
         operations: driver.operations.load(Ordering::Relaxed),
+        operations_done: driver.operations_done.load(Ordering::Relaxed),
         faults_injected: lock(&driver.faults).injected,
         live: live(driver),
         devices: devices.collect(),

@@ -5,6 +5,7 @@ use std::ffi::{CStr, c_char};
 
 use crate::driver::Driver;
 use crate::error::Code;
+use crate::races::Access;
 use crate::report;
 use crate::statistics;
 
@@ -62,6 +63,11 @@ pub unsafe extern "C" fn softcudaHostAccess(address: usize, bytes: usize, write:
     let Some(driver) = Driver::get() else { return Code::NOT_INITIALIZED.0 };
     let Some(allocation) = driver.space.holds(address, bytes) else { return Code::INVALID_VALUE.0 };
     let stamp = driver.races.host_stamp(if write == 0 { "host read" } else { "host write" });
-    driver.races.access(&stamp, &allocation, (address, bytes), write != 0);
+    driver.races.access(
+        &stamp,
+        &allocation,
+        (address, bytes),
+        if write == 0 { Access::Read } else { Access::Write },
+    );
     0
 }

@@ -66,7 +66,7 @@ symbol! { within fn cuMemFree_v2(address: usize) |call| {
 fn from_pool(call: &Within, address: *mut usize, bytes: usize, pool: usize, stream: usize) -> Answer<()> {
     let stream = call.stream(stream)?;
     let handle = pool;
-    let pool = call.driver().pools.get(handle)?;
+    let pool = call.driver().pool(handle)?;
     if bytes == 0 || address.is_null() {
         return Err(Code::INVALID_VALUE);
     }
@@ -189,29 +189,26 @@ symbol! { plain fn cuMemPoolCreate(pool: *mut usize, properties: *const PoolProp
 } }
 
 symbol! { plain fn cuMemPoolDestroy(pool: usize) |call| {
-    let gone = call.driver.pools.get(pool)?;
+    let gone = call.driver.pool(pool)?;
     let device = &call.driver.devices[gone.device];
     if device.default_pool == pool {
         return Err(Code::INVALID_VALUE);
     }
-    if gone.figures().used > 0 {
-        // What is in use stays charged to the device until it is freed; the driver keeps the pool that long.
-        crate::report::say("cuMemPoolDestroy of a pool with live allocations: it goes when they do");
-    }
     let _ = device.current_pool.compare_exchange(pool, device.default_pool, Ordering::AcqRel, Ordering::Acquire);
-    gone.set_threshold(0);
-    gone.trim(0, &device.budget);
-    if gone.figures().used == 0 { call.driver.pools.remove(pool).map(drop) } else { Ok(()) }
+    // What is in use stays charged to it until it is freed.
+    gone.close();
+    call.driver.bury(pool, &gone);
+    Ok(())
 } }
 
 symbol! { plain fn cuMemPoolTrimTo(pool: usize, keep: usize) |call| {
-    let pool = call.driver.pools.get(pool)?;
+    let pool = call.driver.pool(pool)?;
     pool.trim(keep as u64, &call.driver.devices[pool.device].budget);
     Ok(())
 } }
 
 symbol! { plain fn cuMemPoolGetAttribute(pool: usize, attribute: u32, value: usize) |call| {
-    let pool = call.driver.pools.get(pool)?;
+    let pool = call.driver.pool(pool)?;
     let figures = pool.figures();
     match attribute {
         1..=3 => give(value as *mut i32, pool.reuse(attribute as usize - 1)),
@@ -225,7 +222,7 @@ symbol! { plain fn cuMemPoolGetAttribute(pool: usize, attribute: u32, value: usi
 } }
 
 symbol! { plain fn cuMemPoolSetAttribute(pool: usize, attribute: u32, value: *const u64) |call| {
-    let pool = call.driver.pools.get(pool)?;
+    let pool = call.driver.pool(pool)?;
     if value.is_null() {
         return Err(Code::INVALID_VALUE);
     }
@@ -255,7 +252,7 @@ symbol! { plain fn cuDeviceGetMemPool(pool: *mut usize, device: i32) |call| {
 
 symbol! { plain fn cuDeviceSetMemPool(device: i32, pool: usize) |call| {
     let (index, device) = call.driver.device(device)?;
-    if call.driver.pools.get(pool)?.device != index {
+    if call.driver.pool(pool)?.device != index {
         return Err(Code::INVALID_DEVICE);
     }
     device.current_pool.store(pool, Ordering::Release);

@@ -62,6 +62,8 @@ pub(crate) struct Pool {
 #[derive(Debug)]
 struct State {
     figures: Figures,
+    /// The program has destroyed it.
+    closed: bool,
     threshold: u64,
     /// `REUSE_FOLLOW_EVENT_DEPENDENCIES`, `_ALLOW_OPPORTUNISTIC`, `_ALLOW_INTERNAL_DEPENDENCIES`: kept, without effect.
     reuse: [i32; 3],
@@ -69,7 +71,7 @@ struct State {
 
 impl Pool {
     pub(crate) fn new(device: usize) -> Self {
-        let state = State { figures: Figures::default(), threshold: 0, reuse: [1; 3] };
+        let state = State { figures: Figures::default(), closed: false, threshold: 0, reuse: [1; 3] };
         Self { device, state: Mutex::new(state) }
     }
 
@@ -105,6 +107,17 @@ impl Pool {
     pub(crate) fn settle(&self, budget: &Budget) {
         let threshold = lock(&self.state).threshold;
         self.trim(threshold, budget);
+    }
+
+    /// No more from it; its memory goes back as it is freed.
+    pub(crate) fn close(&self) {
+        let mut state = lock(&self.state);
+        state.closed = true;
+        state.threshold = 0;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.state).closed
     }
 
     pub(crate) fn figures(&self) -> Figures {

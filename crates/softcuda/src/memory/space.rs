@@ -81,8 +81,6 @@ struct Backing {
 /// All addresses of this process that the devices know.
 #[derive(Debug)]
 pub(crate) struct Space {
-    base: usize,
-    bytes: usize,
     devices: Vec<Backing>,
     pinned: Mutex<Area>,
     imported: Mutex<Area>,
@@ -182,19 +180,12 @@ impl Space {
             at += stride;
         }
         Ok(Self {
-            base,
-            bytes,
             devices,
             pinned: Mutex::new(Area::new(at, SIDE_AREA)),
             imported: Mutex::new(Area::new(at + SIDE_AREA, SIDE_AREA)),
             live: RwLock::new(BTreeMap::new()),
             serial: AtomicU64::new(1),
         })
-    }
-
-    /// First and last-but-one address that device code can be checked for.
-    pub(crate) fn bounds(&self) -> (usize, usize) {
-        (self.base, self.base + self.bytes)
     }
 
     fn insert(

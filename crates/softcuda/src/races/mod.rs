@@ -90,6 +90,15 @@ impl Stamp {
     }
 }
 
+/// How an operation touches bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    /// Two of these do not conflict.
+    Atomic,
+}
+
 /// Two operations that nothing orders.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Race {
@@ -214,7 +223,7 @@ impl Detector {
         stamp: &Arc<Stamp>,
         allocation: &Allocation,
         range: (usize, usize),
-        write: bool,
+        access: Access,
     ) {
         if self.policy == Policy::Off || range.1 == 0 {
             return;
@@ -222,7 +231,7 @@ impl Detector {
         let offset = range.0 - allocation.start;
         let mut shadows = lock(&self.shadows);
         let shadow = shadows.entry(allocation.id).or_default();
-        let conflict = shadow.access(stamp, offset, offset + range.1, write);
+        let conflict = shadow.access(stamp, offset, offset + range.1, access);
         if shadow.is_full() {
             *shadow = Shadow::default();
             self.forgotten.fetch_add(1, Ordering::Relaxed);

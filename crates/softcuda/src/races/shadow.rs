@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::Stamp;
+use super::{Access, Stamp};
 
 /// Segments of one allocation; beyond this its history starts anew, which can miss a race and never invents one.
 const SEGMENTS_MAX: usize = 1 << 16;
@@ -17,6 +17,8 @@ struct Segment {
     write: Option<Arc<Stamp>>,
     /// The last read of each agent since that write.
     reads: Vec<Arc<Stamp>>,
+    /// The last atomic change of each agent since that write.
+    atomics: Vec<Arc<Stamp>>,
 }
 
 /// The history of one allocation's bytes.
@@ -45,7 +47,7 @@ impl Shadow {
         stamp: &Arc<Stamp>,
         start: usize,
         end: usize,
-        write: bool,
+        access: Access,
     ) -> Option<Conflict> {
         self.split(start);
         self.split(end);
@@ -59,19 +61,16 @@ impl Shadow {
             at = segment.end;
             if conflict.is_none() {
                 conflict =
-                    segment.conflict(stamp, write).map(|(other, kind)| (other, kind, from, segment.end));
+                    segment.conflict(stamp, access).map(|(other, kind)| (other, kind, from, segment.end));
             }
-            if !write {
-                segment.reads.retain(|read| read.agent != stamp.agent);
-                segment.reads.push(Arc::clone(stamp));
-            }
+            segment.add(stamp, access);
         }
-        if write {
+        if access == Access::Write {
             let inside: Vec<usize> = self.segments.range(start..end).map(|(from, _)| *from).collect();
             for from in inside {
                 self.segments.remove(&from);
             }
-            let segment = Segment { end, write: Some(Arc::clone(stamp)), reads: Vec::new() };
+            let segment = Segment { end, write: Some(Arc::clone(stamp)), ..Segment::default() };
             self.segments.insert(start, segment);
             return conflict;
         }
@@ -79,21 +78,37 @@ impl Shadow {
             gaps.push((at, end));
         }
         for (from, end) in gaps {
-            self.segments.insert(from, Segment { end, write: None, reads: vec![Arc::clone(stamp)] });
+            let mut segment = Segment { end, ..Segment::default() };
+            segment.add(stamp, access);
+            self.segments.insert(from, segment);
         }
         conflict
     }
 }
 
 impl Segment {
-    fn conflict(&self, stamp: &Stamp, write: bool) -> Option<(Arc<Stamp>, &'static str)> {
+    /// Keeps an access besides the last write: the last of each agent is enough.
+    fn add(&mut self, stamp: &Arc<Stamp>, access: Access) {
+        let others = match access {
+            Access::Read => &mut self.reads,
+            Access::Atomic => &mut self.atomics,
+            Access::Write => return,
+        };
+        others.retain(|other| other.agent != stamp.agent);
+        others.push(Arc::clone(stamp));
+    }
+
+    fn conflict(&self, stamp: &Stamp, access: Access) -> Option<(Arc<Stamp>, &'static str)> {
         let unordered = |other: &&Arc<Stamp>| !other.before(&stamp.clock);
-        if let Some(other) = self.write.as_ref().filter(unordered) {
-            return Some((Arc::clone(other), if write { "write after write" } else { "read after write" }));
-        }
-        if !write {
-            return None;
-        }
-        self.reads.iter().find(unordered).map(|other| (Arc::clone(other), "write after read"))
+        let first = |others: &[Arc<Stamp>]| others.iter().find(unordered).map(Arc::clone);
+        let (write, read, atomic) = match access {
+            Access::Read => ("read after write", None, Some("read after atomic")),
+            Access::Write => ("write after write", Some("write after read"), Some("write after atomic")),
+            Access::Atomic => ("atomic after write", Some("atomic after read"), None),
+        };
+        self.write.as_ref().filter(unordered).map(|other| (Arc::clone(other), write)).or_else(|| {
+            let reads = read.and_then(|kind| Some((first(&self.reads)?, kind)));
+            reads.or_else(|| atomic.and_then(|kind| Some((first(&self.atomics)?, kind))))
+        })
     }
 }

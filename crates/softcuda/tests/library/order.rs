@@ -1,0 +1,132 @@
+//! What is asynchronous, what waits for what, and what a host function may do.
+
+use std::sync::mpsc;
+
+use crate::driver::{NULL, alloc, blocking_stream, event, fault, open, pinned, stream};
+use crate::process::run;
+
+#[test]
+fn page_locked_copies_move_when_they_run() {
+    run(&[("SOFTCUDA_RACES", "off")], || {
+        open(0);
+        let (stream, device, from, to) = (stream(), alloc(100), pinned(100), pinned(100));
+        from.fill(1);
+        let hold = stream.hold();
+        stream.copy_in_pinned(device, from).expect("a copy in");
+        stream.copy_out_pinned(to, device).expect("a copy out");
+        let done = event();
+        stream.record(done);
+        assert_eq!(cu!(cuEventQuery(done)), Err(600));
+        assert_eq!(cu!(cuStreamQuery(stream.0)), Err(600));
+        // Changed after the call and before the copy.
+        from.fill(2);
+        assert_eq!(to.bytes(), [0xC9; 100], "poison until the copy runs");
+        drop(hold);
+        cu!(cuEventSynchronize(done)).expect("it comes");
+        assert_eq!(cu!(cuEventQuery(done)), Ok(()));
+        assert_eq!(stream.sync(), Ok(()));
+        assert_eq!(cu!(cuStreamQuery(stream.0)), Ok(()));
+        assert_eq!(to.bytes(), [2; 100]);
+    })
+    .passed();
+}
+
+#[test]
+fn pageable_bytes_are_taken_when_the_call_is_made() {
+    run(&[], || {
+        open(0);
+        let (stream, device) = (stream(), alloc(100));
+        let hold = stream.hold();
+        let mut from = vec![1; 100];
+        stream.copy_in(device, &from).expect("a copy in");
+        from.fill(2);
+        drop(hold);
+        assert_eq!(stream.copy_out(device, 100), Ok(vec![1; 100]));
+    })
+    .passed();
+}
+
+#[test]
+fn a_host_function_may_not_call_the_driver() {
+    run(&[], || {
+        open(0);
+        let (stream, (sender, receiver)) = (stream(), mpsc::channel());
+        let call = move || sender.send((cu!(cuCtxSynchronize()), cu!(cuInit(0)))).expect("the test waits");
+        stream.host(call).expect("a host function");
+        let (synchronised, started) = receiver.recv().expect("it runs");
+        assert_eq!((synchronised, started), (Err(800), Err(800)));
+        assert_eq!(stream.sync(), Ok(()), "the context is none the worse");
+    })
+    .passed();
+}
+
+#[test]
+fn the_legacy_stream_waits_for_blocking_streams_and_they_for_it() {
+    run(&[], || {
+        open(0);
+        let (blocking, free) = (blocking_stream(), stream());
+        let (device, other) = (alloc(100), alloc(100));
+        let hold = blocking.hold();
+        blocking.fill(device, 1, 100).expect("a fill");
+        // Behind the blocking stream, and the second blocking stream behind that.
+        NULL.fill(device, 2, 100).expect("a fill");
+        let behind = blocking_stream();
+        behind.fill(device, 3, 100).expect("a fill");
+        free.fill(other, 4, 100).expect("a fill");
+        assert_eq!(free.copy_out(other, 100), Ok(vec![4; 100]), "takes no part");
+        for waiting in [NULL, behind] {
+            assert_eq!(cu!(cuStreamQuery(waiting.0)), Err(600));
+        }
+        drop(hold);
+        assert_eq!(behind.copy_out(device, 100), Ok(vec![3; 100]));
+        let mut flags = 7;
+        cu!(cuStreamGetFlags(free.0, &raw mut flags)).expect("flags");
+        assert_eq!(flags, 1);
+    })
+    .passed()
+    .did_not_say("race");
+}
+
+#[test]
+fn events_tell_times_and_unrecorded_ones_are_done() {
+    run(&[], || {
+        open(0);
+        let (stream, first, second, never) = (stream(), event(), event(), event());
+        assert_eq!(cu!(cuEventQuery(never)), Ok(()));
+        let mut milliseconds = -1.0;
+        assert_eq!(cu!(cuEventElapsedTime_v2(&raw mut milliseconds, first, never)), Err(400));
+        fault("cuMemsetD8Async delay 20").expect("an order");
+        stream.record(first);
+        stream.fill(alloc(1), 0, 1).expect("a fill");
+        stream.record(second);
+        let hold = stream.hold();
+        cu!(cuEventSynchronize(second)).expect("it comes");
+        cu!(cuEventElapsedTime_v2(&raw mut milliseconds, first, second)).expect("a time");
+        assert!(milliseconds >= 20.0, "{milliseconds}");
+        stream.record(second);
+        assert_eq!(cu!(cuEventElapsedTime_v2(&raw mut milliseconds, first, second)), Err(600));
+        drop(hold);
+        assert_eq!(stream.sync(), Ok(()));
+        cu!(cuEventDestroy_v2(first)).expect("it goes");
+        assert_eq!(cu!(cuEventQuery(first)), Err(400));
+        cu!(cuStreamDestroy_v2(stream.0)).expect("it goes");
+        assert_eq!(stream.sync(), Err(400));
+    })
+    .passed();
+}
+
+#[test]
+fn a_destroyed_stream_does_what_it_was_given() {
+    run(&[], || {
+        open(0);
+        let (stream, device, done) = (stream(), alloc(100), event());
+        let hold = stream.hold();
+        stream.fill(device, 5, 100).expect("a fill");
+        stream.record(done);
+        cu!(cuStreamDestroy_v2(stream.0)).expect("it goes");
+        drop(hold);
+        cu!(cuEventSynchronize(done)).expect("it comes");
+        assert_eq!(crate::driver::stream().copy_out(device, 100), Ok(vec![5; 100]));
+    })
+    .passed();
+}
