@@ -1,6 +1,7 @@
-//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`.
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `softcuda`.
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
+mod softcuda;
 mod test;
 mod tidy;
 
@@ -36,6 +37,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Runs a command on the software CUDA driver: `--gpus 2 --memory 1GiB -- COMMAND ...`; see its README.
+    Softcuda(softcuda::SoftcudaOptions),
 }
 
 /// The repository's root.
@@ -59,6 +62,7 @@ fn run(options: &Options) -> Result<bool> {
         Task::Tidy => tidy::run(&root()),
         Task::Bench { names } => cargo_run("keepwarm-benches", names),
         Task::Sim { options } => cargo_run("keepwarm-tests", options),
+        Task::Softcuda(options) => softcuda::run(&root(), options),
     }
 }
 
