@@ -388,6 +388,7 @@ void misaligned(uintptr_t at, size_t bytes, int access, void *from) {
 void check(const void *pointer, size_t bytes, int access, void *from) {
     Block *block = running;
     if (block == nullptr || block->current == nullptr || bytes == 0) return;
+    if (__atomic_load_n(block->launch->stop, __ATOMIC_RELAXED)) softcuda::fail(719, "stopped: its context was reset");
     auto at = reinterpret_cast<uintptr_t>(pointer);
     if (!block->known.holds(at, bytes)) {
         auto stack = reinterpret_cast<uintptr_t>(block->current->fiber->stack());

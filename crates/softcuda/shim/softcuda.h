@@ -62,6 +62,7 @@ struct softcuda_launch {
     int (*live)(const void *run, uintptr_t at, uintptr_t *from, uintptr_t *to);
     void (*accessed)(const void *run, uintptr_t from, uintptr_t to, int access);
     void (*failed)(const void *run, const char *why);
+    const bool *stop;
 };
 
 struct softcuda_kernel {

@@ -101,21 +101,34 @@ pub(crate) fn first(symbol: &'static str) -> u32 {
     })
 }
 
-/// A call that needs no context.
+/// A call that needs no context and is about no device.
 pub(crate) fn plain(symbol: &'static str, work: impl FnOnce(&Call) -> Answer<()>) -> u32 {
+    without_context(symbol, None, work)
+}
+
+/// A call that needs no context and is about a device.
+pub(crate) fn about(symbol: &'static str, device: i32, work: impl FnOnce(&Call) -> Answer<()>) -> u32 {
+    without_context(symbol, usize::try_from(device).ok(), work)
+}
+
+fn without_context(
+    symbol: &'static str,
+    device: Option<usize>,
+    work: impl FnOnce(&Call) -> Answer<()>,
+) -> u32 {
     guarded(symbol, || {
         let answer = || {
             if in_host_function() {
                 return Err(Code::NOT_PERMITTED);
             }
             let driver = Driver::get().ok_or(Code::NOT_INITIALIZED)?;
-            let verdict = judge(driver, symbol, None);
+            let verdict = judge(driver, symbol, device);
             if let Some((code, _)) = verdict.refuse {
                 return Err(code);
             }
             work(&Call { driver, symbol, effects: Cell::new(verdict.effects) })
         };
-        (None, answer())
+        (device, answer())
     })
 }
 

@@ -31,12 +31,26 @@ pub(crate) struct Streams {
     pub(crate) per_thread: HashMap<ThreadId, Arc<Stream>>,
     /// By handle.
     pub(crate) made: HashMap<usize, Arc<Stream>>,
+    /// Destroyed by the program, with work left to do that the context's synchronisations wait for.
+    pub(crate) leaving: Vec<Arc<Stream>>,
 }
 
 impl Streams {
     /// Those that exist.
     pub(crate) fn all(&self) -> Vec<Arc<Stream>> {
-        self.legacy.iter().chain(self.per_thread.values()).chain(self.made.values()).map(Arc::clone).collect()
+        let made = self.made.values().chain(&self.leaving);
+        self.legacy.iter().chain(self.per_thread.values()).chain(made).map(Arc::clone).collect()
+    }
+
+    /// Those that the legacy stream's rule is about, besides itself.
+    pub(crate) fn blocking(&self) -> Vec<Arc<Stream>> {
+        let others = self.per_thread.values().chain(self.made.values()).chain(&self.leaving);
+        others.filter(|other| other.blocking).map(Arc::clone).collect()
+    }
+
+    /// Takes out what has left.
+    pub(crate) fn gone(&mut self) -> Vec<Arc<Stream>> {
+        self.leaving.extract_if(.., |stream| stream.all().is_done()).collect()
     }
 }
 

@@ -278,14 +278,33 @@ impl Driver {
 
     /// Adds a stream that the program made.
     pub(crate) fn add_stream(&self, context: &Arc<Context>, blocking: bool, priority: i32) -> Answer<usize> {
+        self.let_go(context);
         let mut streams = lock(&context.streams);
-        if streams.made.len() >= STREAMS_MAX {
+        if streams.made.len() + streams.leaving.len() >= STREAMS_MAX {
             report::say(&format!("a context may have {STREAMS_MAX} streams"));
             return Err(Code::OUT_OF_MEMORY);
         }
         let handle = self.handle();
         streams.made.insert(handle, self.start_stream(context, blocking, priority)?);
         Ok(handle)
+    }
+
+    /// Destroys a stream that the program made; what it was given is still done.
+    pub(crate) fn end_stream(&self, context: &Context, handle: usize) -> Answer<()> {
+        let mut streams = lock(&context.streams);
+        let stream = streams.made.remove(&handle).ok_or(Code::INVALID_HANDLE)?;
+        stream.close();
+        streams.leaving.push(stream);
+        drop(streams);
+        self.let_go(context);
+        Ok(())
+    }
+
+    /// Forgets destroyed streams that are through.
+    fn let_go(&self, context: &Context) {
+        for stream in lock(&context.streams).gone() {
+            self.races.retire(stream.agent);
+        }
     }
 
     /// Issues an operation: its place in the stream, what it waits for, and its clock.
@@ -302,6 +321,7 @@ impl Driver {
             Work::Launch(launch) => Some(launch.name().to_owned()),
             _ => None,
         };
+        stream.wait_for_room();
         let _order = lock(&self.issuing);
         let implicit = self.implicit(context, stream);
         let agents: Vec<usize> = implicit.iter().map(|other| other.agent).collect();
@@ -331,8 +351,7 @@ impl Driver {
         let streams = lock(&context.streams);
         let is_legacy = streams.legacy.as_ref().is_some_and(|legacy| Arc::ptr_eq(legacy, stream));
         if is_legacy {
-            let others = streams.per_thread.values().chain(streams.made.values());
-            return others.filter(|other| other.blocking).map(Arc::clone).collect();
+            return streams.blocking();
         }
         streams.legacy.iter().map(Arc::clone).collect()
     }
@@ -357,7 +376,9 @@ impl Driver {
     /// Waits for everything in a context.
     pub(crate) fn wait_for_all(&self, context: &Context) -> Answer<()> {
         let streams = lock(&context.streams).all();
-        self.wait_for(context, &streams)
+        let answer = self.wait_for(context, &streams);
+        self.let_go(context);
+        answer
     }
 
     /// The pools of a device let go of what is above their thresholds.

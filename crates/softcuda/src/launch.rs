@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::context::Context;
 use crate::driver::Driver;
@@ -10,6 +11,7 @@ use crate::error::{Answer, Code};
 use crate::module::{Function, Kernel};
 use crate::races::{Access, Stamp};
 use crate::report;
+use crate::stream::Stream;
 
 /// Threads that a block may have.
 pub(crate) const BLOCK_MAX: u64 = 1024;
@@ -40,6 +42,8 @@ struct Interface<'a> {
     live: unsafe extern "C" fn(*const Run<'_>, usize, *mut usize, *mut usize) -> i32,
     accessed: unsafe extern "C" fn(*const Run<'_>, usize, usize, i32),
     failed: unsafe extern "C" fn(*const Run<'_>, *const c_char),
+    /// Set when the kernel should end: its context was reset.
+    stop: *const AtomicBool,
 }
 
 /// One run of a kernel.
@@ -98,7 +102,13 @@ impl Launch {
     }
 
     /// Runs every block, on this thread.
-    pub(crate) fn run(&self, driver: &Driver, context: &Context, stamp: &Arc<Stamp>) -> Answer<()> {
+    pub(crate) fn run(
+        &self,
+        driver: &Driver,
+        context: &Context,
+        stream: &Stream,
+        stamp: &Arc<Stamp>,
+    ) -> Answer<()> {
         let run = Run { driver, context, stamp };
         let interface = Interface {
             grid: self.grid,
@@ -108,6 +118,7 @@ impl Launch {
             live,
             accessed,
             failed,
+            stop: stream.given_up(),
         };
         let mut parameters = self.parameters.clone();
         let pointers: Vec<*mut c_void> =

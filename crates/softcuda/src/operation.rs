@@ -96,7 +96,7 @@ impl Operation {
         let Some(driver) = Driver::get() else { return };
         let began = Instant::now();
         if let Some(delay) = self.effects.delay {
-            std::thread::sleep(delay);
+            stream.pause(delay);
         }
         let healthy = context.sick().is_ok();
         let result = match (healthy, self.effects.fail) {
@@ -109,7 +109,7 @@ impl Operation {
                 }
                 Ok(())
             }
-            (true, None) => self.perform(driver, context),
+            (true, None) => self.perform(driver, context, stream),
         };
         if let Err(code) = result {
             crate::report::say(&format!(
@@ -140,13 +140,19 @@ impl Operation {
         }
     }
 
-    fn perform(&self, driver: &Driver, context: &Context) -> Answer<()> {
+    fn perform(&self, driver: &Driver, context: &Context, stream: &Stream) -> Answer<()> {
         match &self.work {
-            Work::Copy { from, to, bytes } => self.copy(driver, context, from, to, *bytes),
+            Work::Copy { from, to, bytes } => {
+                self.copy(driver, context, from, to, *bytes, self.effects.corrupt)
+            }
             Work::Rows { from, to, pitches, bytes, rows } => {
+                let bits = *bytes as u64 * 8;
+                let corrupt = self.effects.corrupt.map(|bit| (bit / bits % *rows as u64, bit % bits));
                 for row in 0..*rows {
                     let (from, to) = (from + row * pitches.0, to + row * pitches.1);
-                    self.copy(driver, context, &End::Known(from), &End::Known(to), *bytes)?;
+                    let corrupt =
+                        corrupt.filter(|(corrupted, _)| *corrupted == row as u64).map(|(_, bit)| bit);
+                    self.copy(driver, context, &End::Known(from), &End::Known(to), *bytes, corrupt)?;
                 }
                 Ok(())
             }
@@ -163,7 +169,7 @@ impl Operation {
                 }
                 Ok(())
             }
-            Work::Launch(launch) => launch.run(driver, context, &self.stamp),
+            Work::Launch(launch) => launch.run(driver, context, stream, &self.stamp),
             Work::Host(function, data) => {
                 IN_HOST_FUNCTION.set(true);
                 // SAFETY: cuLaunchHostFunc's contract: the program keeps the function and its data for this call.
@@ -218,7 +224,15 @@ impl Operation {
         Ok(Some(allocation))
     }
 
-    fn copy(&self, driver: &Driver, context: &Context, from: &End, to: &End, bytes: usize) -> Answer<()> {
+    fn copy(
+        &self,
+        driver: &Driver,
+        context: &Context,
+        from: &End,
+        to: &End,
+        bytes: usize,
+        corrupt: Option<u64>,
+    ) -> Answer<()> {
         let (source, _source) = match from {
             End::Known(at) => (*at as *const u8, self.touch(driver, context, *at, bytes, Access::Read)?),
             End::Staged(staged) => (staged.as_ptr(), None),
@@ -233,7 +247,7 @@ impl Operation {
         // SAFETY: both ends were just checked against live allocations, which are held here; pageable ends are the
         // caller's, who waits for this operation; staged bytes are as many as the copy's.
         unsafe { std::ptr::copy(source, target, bytes) };
-        if let Some(bit) = self.effects.corrupt.filter(|_| bytes > 0) {
+        if let Some(bit) = corrupt.filter(|_| bytes > 0) {
             let bit = usize::try_from(bit).unwrap_or_default() % (bytes * 8);
             // SAFETY: inside the range that was just written.
             unsafe { *target.add(bit / 8) ^= 1 << (bit % 8) };

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::context::Context;
 use crate::error::{Answer, Code};
@@ -102,12 +102,18 @@ impl Stream {
         Ok(stream)
     }
 
-    /// Appends an operation and tells its place; blocks while the queue is full.
-    pub(crate) fn push(&self, operation: Operation) -> Marker {
+    /// Blocks while the queue is full. Apart from `push`, so that nobody waits with the order of all streams locked;
+    /// threads that find the same room overfill it by one operation each.
+    pub(crate) fn wait_for_room(&self) {
         let mut queue = lock(&self.queue);
         while queue.operations.len() >= QUEUE_MAX && !queue.closed {
             queue = wait(&self.changed, queue);
         }
+    }
+
+    /// Appends an operation and tells its place.
+    pub(crate) fn push(&self, operation: Operation) -> Marker {
+        let mut queue = lock(&self.queue);
         queue.issued += 1;
         queue.operations.push_back(operation);
         let marker = Marker { progress: Arc::clone(&self.progress), count: queue.issued };
@@ -131,6 +137,23 @@ impl Stream {
     pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::Release);
         self.close();
+    }
+
+    /// Sleeps, unless the stream is given up meanwhile.
+    pub(crate) fn pause(&self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while !self.given_up.load(Ordering::Acquire) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(GIVEN_UP_CHECK));
+        }
+    }
+
+    /// Set when the stream is given up: what runs should end.
+    pub(crate) fn given_up(&self) -> &AtomicBool {
+        &self.given_up
     }
 
     fn next(&self) -> Option<Operation> {

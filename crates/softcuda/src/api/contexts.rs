@@ -12,7 +12,7 @@ use crate::driver::Driver;
 use crate::error::{Answer, Code};
 use crate::locks::lock;
 
-symbol! { plain fn cuDevicePrimaryCtxRetain(context: *mut usize, device: i32) |call| {
+symbol! { about(device) fn cuDevicePrimaryCtxRetain(context: *mut usize, device: i32) |call| {
     let (index, device) = call.driver.device(device)?;
     match device.lost.load(Ordering::Acquire) {
         0 => {}
@@ -33,7 +33,7 @@ symbol! { plain fn cuDevicePrimaryCtxRetain(context: *mut usize, device: i32) |c
     give(context, handle)
 } }
 
-symbol! { plain fn cuDevicePrimaryCtxRelease_v2(device: i32) |call| {
+symbol! { about(device) fn cuDevicePrimaryCtxRelease_v2(device: i32) |call| {
     let (_, device) = call.driver.device(device)?;
     let mut primary = lock(&device.primary);
     if primary.retained == 0 {
@@ -50,7 +50,7 @@ symbol! { plain fn cuDevicePrimaryCtxRelease_v2(device: i32) |call| {
     Ok(())
 } }
 
-symbol! { plain fn cuDevicePrimaryCtxReset_v2(device: i32) |call| {
+symbol! { about(device) fn cuDevicePrimaryCtxReset_v2(device: i32) |call| {
     let (_, device) = call.driver.device(device)?;
     let context = lock(&device.primary).context.clone();
     if let Some(context) = context {
@@ -59,14 +59,14 @@ symbol! { plain fn cuDevicePrimaryCtxReset_v2(device: i32) |call| {
     Ok(())
 } }
 
-symbol! { plain fn cuDevicePrimaryCtxGetState(device: i32, flags: *mut u32, active: *mut i32) |call| {
+symbol! { about(device) fn cuDevicePrimaryCtxGetState(device: i32, flags: *mut u32, active: *mut i32) |call| {
     let (_, device) = call.driver.device(device)?;
     let primary = lock(&device.primary);
     give(flags, primary.flags)?;
     give(active, i32::from(primary.context.is_some()))
 } }
 
-symbol! { plain fn cuDevicePrimaryCtxSetFlags_v2(device: i32, flags: u32) |call| {
+symbol! { about(device) fn cuDevicePrimaryCtxSetFlags_v2(device: i32, flags: u32) |call| {
     let (_, device) = call.driver.device(device)?;
     lock(&device.primary).flags = flags;
     Ok(())

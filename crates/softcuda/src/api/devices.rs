@@ -71,12 +71,12 @@ symbol! { plain fn cuDeviceGetCount(count: *mut i32) |call| {
     give(count, i32::try_from(call.driver.devices.len()).unwrap_or(i32::MAX))
 } }
 
-symbol! { plain fn cuDeviceGet(device: *mut i32, ordinal: i32) |call| {
+symbol! { about(ordinal) fn cuDeviceGet(device: *mut i32, ordinal: i32) |call| {
     call.driver.device(ordinal)?;
     give(device, ordinal)
 } }
 
-symbol! { plain fn cuDeviceGetName(name: *mut c_char, length: i32, device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetName(name: *mut c_char, length: i32, device: i32) |call| {
     let (index, _) = call.driver.device(device)?;
     let length = usize::try_from(length).map_err(|_| Code::INVALID_VALUE)?;
     if name.is_null() || length == 0 {
@@ -91,23 +91,23 @@ symbol! { plain fn cuDeviceGetName(name: *mut c_char, length: i32, device: i32) 
     Ok(())
 } }
 
-symbol! { plain fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: i32) |call| {
     let (index, _) = call.driver.device(device)?;
     give(uuid, call.driver.machine.devices[index].uuid)
 } }
 
-symbol! { plain fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: i32) |call| {
     let (index, _) = call.driver.device(device)?;
     let described = &call.driver.machine.devices[index];
     give(uuid, described.mig_uuid.unwrap_or(described.uuid))
 } }
 
-symbol! { plain fn cuDeviceTotalMem_v2(bytes: *mut usize, device: i32) |call| {
+symbol! { about(device) fn cuDeviceTotalMem_v2(bytes: *mut usize, device: i32) |call| {
     let (_, device) = call.driver.device(device)?;
     give(bytes, usize::try_from(device.budget.total()).unwrap_or(usize::MAX))
 } }
 
-symbol! { plain fn cuDeviceGetPCIBusId(text: *mut c_char, length: i32, device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetPCIBusId(text: *mut c_char, length: i32, device: i32) |call| {
     let (index, _) = call.driver.device(device)?;
     let id = format!("0000:{:02x}:00.0\0", call.driver.machine.devices[index].gpu + 1);
     if text.is_null() || usize::try_from(length).unwrap_or_default() < id.len() {
@@ -120,12 +120,12 @@ symbol! { plain fn cuDeviceGetPCIBusId(text: *mut c_char, length: i32, device: i
     Ok(())
 } }
 
-symbol! { plain fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetAttribute(value: *mut i32, attribute: i32, device: i32) |call| {
     let (index, _) = call.driver.device(device)?;
     give(value, self::attribute(call.driver, index, attribute)?)
 } }
 
-symbol! { plain fn cuDeviceCanAccessPeer(can: *mut i32, device: i32, peer: i32) |call| {
+symbol! { about(device) fn cuDeviceCanAccessPeer(can: *mut i32, device: i32, peer: i32) |call| {
     let ((device, _), (peer, _)) = (call.driver.device(device)?, call.driver.device(peer)?);
     give(can, i32::from(reachable(call.driver, device, peer)))
 } }

@@ -238,19 +238,19 @@ symbol! { plain fn cuMemPoolSetAttribute(pool: usize, attribute: u32, value: *co
     Ok(())
 } }
 
-symbol! { plain fn cuDeviceGetDefaultMemPool(pool: *mut usize, device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetDefaultMemPool(pool: *mut usize, device: i32) |call| {
     let (index, device) = call.driver.device(device)?;
     needs_pools(call, index)?;
     give(pool, device.default_pool)
 } }
 
-symbol! { plain fn cuDeviceGetMemPool(pool: *mut usize, device: i32) |call| {
+symbol! { about(device) fn cuDeviceGetMemPool(pool: *mut usize, device: i32) |call| {
     let (index, device) = call.driver.device(device)?;
     needs_pools(call, index)?;
     give(pool, device.current_pool.load(Ordering::Acquire))
 } }
 
-symbol! { plain fn cuDeviceSetMemPool(device: i32, pool: usize) |call| {
+symbol! { about(device) fn cuDeviceSetMemPool(device: i32, pool: usize) |call| {
     let (index, device) = call.driver.device(device)?;
     if call.driver.pool(pool)?.device != index {
         return Err(Code::INVALID_DEVICE);

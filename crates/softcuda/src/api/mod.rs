@@ -11,9 +11,9 @@ mod memory;
 mod modules;
 mod streams;
 
-/// Exports one symbol that answers a `CUresult`.
+/// Exports one symbol that answers a `CUresult`: `plain`, `about(device)` or `within` the current context.
 macro_rules! symbol {
-    ($kind:ident fn $name:ident($($argument:ident: $type:ty),* $(,)?) |$call:ident| $body:block) => {
+    ($kind:ident$(($device:ident))? fn $name:ident($($argument:ident: $type:ty),* $(,)?) |$call:ident| $body:block) => {
         /// As in the CUDA driver API.
         ///
         /// # Safety
@@ -21,7 +21,7 @@ macro_rules! symbol {
         #[unsafe(no_mangle)]
         #[allow(non_snake_case, unreachable_pub, reason = "exported under the driver API's name")]
         pub unsafe extern "C" fn $name($($argument: $type),*) -> u32 {
-            $crate::call::$kind(stringify!($name), |$call| $body)
+            $crate::call::$kind(stringify!($name), $($device,)? |$call| $body)
         }
     };
 }

@@ -7,7 +7,6 @@ use super::symbol;
 use crate::call::{Within, give};
 use crate::error::{Answer, Code};
 use crate::event::{Event, Record, Recorded};
-use crate::locks::lock;
 use crate::operation::{HostFunction, Work};
 
 /// `CU_STREAM_NON_BLOCKING`.
@@ -27,12 +26,7 @@ fn create(call: &Within, stream: *mut usize, flags: u32, priority: i32) -> Answe
     give(stream, call.driver().add_stream(&call.context, blocking, priority)?)
 }
 
-symbol! { within fn cuStreamDestroy_v2(stream: usize) |call| {
-    let gone = lock(&call.context.streams).made.remove(&stream).ok_or(Code::INVALID_HANDLE)?;
-    call.driver().races.retire(gone.agent);
-    gone.close();
-    Ok(())
-} }
+symbol! { within fn cuStreamDestroy_v2(stream: usize) |call| { call.driver().end_stream(&call.context, stream) } }
 
 symbol! { within fn cuStreamSynchronize(stream: usize) |call| { call.wait_for(&call.stream(stream)?) } }
 

@@ -165,24 +165,36 @@ pub(crate) fn module(entries: &[&str]) -> Answer<Module> {
 impl Module {
     /// Launches a kernel; each parameter is eight bytes or fewer.
     pub(crate) fn launch(&self, name: &str, shape: Shape, stream: Stream, parameters: &[u64]) -> Answer {
+        let mut parameters = parameters.to_vec();
+        let pointers: Vec<*mut c_void> = parameters.iter_mut().map(|word| (&raw mut *word).cast()).collect();
+        let Shape { grid, block, shared } = shape;
+        self.launch_cube(name, ([grid, 1, 1], [block, 1, 1], shared), stream, &pointers)
+    }
+
+    /// Launches a kernel with all sides of its shape, and pointers to its parameters.
+    pub(crate) fn launch_cube(
+        &self,
+        name: &str,
+        (grid, block, shared): ([u32; 3], [u32; 3], u32),
+        stream: Stream,
+        parameters: &[*mut c_void],
+    ) -> Answer {
         let name = CString::new(name).expect("no NUL in it");
         let mut function = std::ptr::null_mut();
         cu!(cuModuleGetFunction(&raw mut function, self.0, name.as_ptr()))?;
         let mut parameters = parameters.to_vec();
-        let mut pointers: Vec<*mut c_void> =
-            parameters.iter_mut().map(|word| (&raw mut *word).cast()).collect();
-        let Shape { grid, block, shared } = shape;
+        let ([x, y, z], [threads_x, threads_y, threads_z]) = (grid, block);
         cu!(cuLaunchKernel(
             function,
-            grid,
-            1,
-            1,
-            block,
-            1,
-            1,
+            x,
+            y,
+            z,
+            threads_x,
+            threads_y,
+            threads_z,
             shared,
             stream.0,
-            pointers.as_mut_ptr(),
+            parameters.as_mut_ptr(),
             std::ptr::null_mut()
         ))
     }

@@ -78,9 +78,13 @@ fn a_hung_device_can_be_reset() {
     run(&[], || {
         open(0);
         let (at, stream) = (alloc(100), stream());
+        fault("cuMemsetD8Async delay 3600000").expect("an order");
+        stream.fill(at, 1, 100).expect("a fill");
+        cu!(cuDevicePrimaryCtxReset_v2(0)).expect("a reset does not wait for a delay");
+        let (at, stream) = (alloc(100), crate::driver::stream());
         fault("hang").expect("an order");
         stream.fill(at, 1, 100).expect("a fill");
-        cu!(cuDevicePrimaryCtxReset_v2(0)).expect("a reset does not wait");
+        cu!(cuDevicePrimaryCtxReset_v2(0)).expect("nor for a device that hangs");
         assert_eq!(stream.sync(), Err(400));
         fault("resume").expect("an order");
         assert_eq!(NULL.sync(), Ok(()));
@@ -137,6 +141,23 @@ fn a_machine_may_have_no_driver_an_old_one_or_no_gpu() {
 }
 
 #[test]
+fn one_gpu_of_several_can_be_ill() {
+    let environment = [
+        ("SOFTCUDA_DEVICES", "gpus=2,memory=64MiB"),
+        ("SOFTCUDA_FAULTS", "cuDevicePrimaryCtxRetain fail 46 device=1 times=0; * delay 1 device=0 times=2"),
+    ];
+    run(&environment, || {
+        open(0);
+        let mut context = std::ptr::null_mut();
+        assert_eq!(cu!(cuDevicePrimaryCtxRetain(&raw mut context, 1)), Err(46));
+        assert_eq!(cu!(cuDevicePrimaryCtxRetain(&raw mut context, 0)), Ok(()));
+        fault("clear").expect("an order");
+        assert_eq!(cu!(cuDevicePrimaryCtxRetain(&raw mut context, 1)), Ok(()));
+    })
+    .passed();
+}
+
+#[test]
 fn a_mig_instance_is_a_device_of_its_own() {
     run(&[("SOFTCUDA_DEVICES", "gpus=1,memory=64MiB,mig=2")], || {
         open(0);
@@ -148,6 +169,24 @@ fn a_mig_instance_is_a_device_of_its_own() {
         cu!(cuDeviceGetUuid(&raw mut whole, 0)).expect("the GPU's");
         cu!(cuDeviceGetUuid_v2(&raw mut instance, 0)).expect("the instance's");
         assert_ne!(whole.bytes, instance.bytes);
+    })
+    .passed();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("machine.toml");
+    let text = "[[gpu]]\nname = \"Big\"\nmemory = \"64MiB\"\n[[gpu]]\nmig = [{ profile = \"1g\", memory = \"8MiB\", \
+                uuid = \"MIG-00112233-4455-6677-8899-aabbccddeeff\" }]\n";
+    std::fs::write(&path, text).expect("a description");
+    let environment = [
+        ("SOFTCUDA_DEVICES", path.to_str().expect("a plain path")),
+        ("CUDA_VISIBLE_DEVICES", "MIG-00112233-4455-6677-8899-aabbccddeeff,0"),
+    ];
+    run(&environment, || {
+        open(0);
+        let mut name = [0 as std::ffi::c_char; 64];
+        cu!(cuDeviceGetName(name.as_mut_ptr(), 64, 0)).expect("a name");
+        assert_eq!(unsafe { std::ffi::CStr::from_ptr(name.as_ptr()) }, c"softcuda MIG 1g");
+        cu!(cuDeviceGetName(name.as_mut_ptr(), 64, 1)).expect("a name");
+        assert_eq!(unsafe { std::ffi::CStr::from_ptr(name.as_ptr()) }, c"Big");
     })
     .passed();
 }

@@ -1,5 +1,8 @@
 //! Memory between processes.
 
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+
 use cudarc::driver::sys;
 
 use crate::driver::{alloc, open, stream};
@@ -7,6 +10,8 @@ use crate::process::{again, run};
 
 /// The handle, for the other process: hexadecimal.
 const HANDLE: &str = "SOFTCUDA_TEST_HANDLE";
+/// Set where the other process keeps the memory open.
+const KEEP: &str = "SOFTCUDA_TEST_KEEP";
 
 fn text(handle: &sys::CUipcMemHandle) -> String {
     handle.reserved.iter().map(|byte| format!("{:02x}", *byte as u8)).collect()
@@ -37,6 +42,14 @@ fn import(text: &str) {
             return;
         }
     };
+    if std::env::var_os(KEEP).is_some() {
+        // Until the exporter has freed it: its poison is seen here.
+        println!("ready");
+        let mut line = String::new();
+        std::io::stdin().read_line(&mut line).expect("the exporter says when");
+        println!("read {:x?}", stream().copy_out(at, 2).expect("bytes"));
+        return;
+    }
     let stream = stream();
     println!("read {:?}", stream.copy_out(at + 1000, 3).expect("bytes"));
     stream.copy_in(at + 1000, &[4, 5, 6]).expect("a copy");
@@ -45,9 +58,17 @@ fn import(text: &str) {
     assert_eq!(cu!(cuIpcCloseMemHandle(at)), Err(1), "twice");
 }
 
-fn other(handle: &sys::CUipcMemHandle, environment: &[(&str, &str)]) -> (String, String) {
+/// Exports memory and ends.
+fn export_and_end() {
+    open(0);
+    let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+    cu!(cuIpcGetMemHandle(&raw mut handle, alloc(100))).expect("a handle");
+    println!("handle {}", text(&handle));
+}
+
+fn other(handle: &str, environment: &[(&str, &str)]) -> (String, String) {
     let mut process = again("ipc::two_processes_share_memory");
-    process.env(HANDLE, text(handle)).envs(environment.iter().copied());
+    process.env(HANDLE, handle).envs(environment.iter().copied());
     let output = process.output().expect("the other process starts");
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);
@@ -58,7 +79,7 @@ fn other(handle: &sys::CUipcMemHandle, environment: &[(&str, &str)]) -> (String,
 fn two_processes_share_memory() {
     run(&[], || {
         if let Ok(text) = std::env::var(HANDLE) {
-            return import(&text);
+            return if text == "make one" { export_and_end() } else { import(&text) };
         }
         open(0);
         // So that the shared one does not lie on a page's start.
@@ -68,17 +89,32 @@ fn two_processes_share_memory() {
         let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
         cu!(cuIpcGetMemHandle(&raw mut handle, at)).expect("a handle");
         assert_eq!(opened(handle), Err(201), "not in the process that made it");
-        assert!(other(&handle, &[]).0.contains("read [1, 2, 3]"));
+        assert!(other(&text(&handle), &[]).0.contains("read [1, 2, 3]"));
         assert_eq!(stream.copy_out(at + 1000, 3), Ok(vec![4, 5, 6]));
 
         let elsewhere = [("SOFTCUDA_DEVICES", "gpus=2,memory=64MiB"), ("CUDA_VISIBLE_DEVICES", "1")];
-        let (stdout, stderr) = other(&handle, &elsewhere);
+        let (stdout, stderr) = other(&text(&handle), &elsewhere);
         assert!(stdout.contains("refused with 1") && stderr.contains("on another device"), "{stderr}");
+        let mut keeper = again("ipc::two_processes_share_memory");
+        keeper.env(HANDLE, text(&handle)).env(KEEP, "1").stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut keeper = keeper.spawn().expect("the other process starts");
+        let mut lines = BufReader::new(keeper.stdout.take().expect("piped")).lines();
+        assert!(lines.any(|line| line.is_ok_and(|line| line == "ready")), "the memory is open there");
         cu!(cuMemFree_v2(at)).expect("freed");
-        let (stdout, stderr) = other(&handle, &[]);
+        keeper.stdin.take().expect("piped").write_all(b"freed\n").expect("it listens");
+        assert!(lines.any(|line| line.is_ok_and(|line| line == "read [fd, fd]")), "poison");
+        assert!(keeper.wait().expect("it ends").success());
+
+        let (stdout, stderr) = other(&text(&handle), &[]);
         assert!(stdout.contains("refused with 1") && stderr.contains("was freed"), "{stderr}");
         let nonsense = sys::CUipcMemHandle { reserved: [7; 64] };
-        assert!(other(&nonsense, &[]).1.contains("no memory handle of softcuda"));
+        assert!(other(&text(&nonsense), &[]).1.contains("no memory handle of softcuda"));
+
+        let (stdout, _) = other("make one", &[]);
+        let orphan =
+            stdout.lines().find_map(|line| line.strip_prefix("handle ")).expect("a handle").to_owned();
+        let (stdout, stderr) = other(&orphan, &[]);
+        assert!(stdout.contains("refused with 1") && stderr.contains("is gone"), "{stderr}");
 
         let (mut pooled, mut none) = (0, sys::CUipcMemHandle { reserved: [0; 64] });
         cu!(cuMemAllocAsync(&raw mut pooled, 100, stream.0)).expect("memory");

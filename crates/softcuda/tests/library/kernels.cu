@@ -48,6 +48,13 @@ extern "C" __global__ void places(unsigned *out) {
         blockIdx.x * 1000000 + threadIdx.x * 1000 + gridDim.x * 100 + blockDim.x;
 }
 
+// Each thread adds one to its own place in a cube of blocks of cubes.
+extern "C" __global__ void cube(unsigned *out) {
+    unsigned x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y,
+             z = blockIdx.z * blockDim.z + threadIdx.z;
+    out[(z * gridDim.y * blockDim.y + y) * gridDim.x * blockDim.x + x] += 1;
+}
+
 struct Factors {
     float a;
     unsigned long long b[4];
@@ -91,6 +98,12 @@ extern "C" __global__ void forgets(unsigned *out) {
     unsigned t = threadIdx.x;
     words[t] = t;
     out[t] = words[t == 0 ? 0 : t - 1];
+}
+
+// Ends when the host writes a one, which nobody does.
+extern "C" __global__ void spins(unsigned *flag) {
+    while (*(volatile unsigned *)flag != 1) {
+    }
 }
 
 // ---- for two streams at once

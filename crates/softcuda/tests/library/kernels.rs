@@ -44,7 +44,7 @@ fn output(name: &str, shape: Shape, count: usize) -> Result<Vec<u32>, u32> {
 }
 
 fn computes() {
-    let (module, stream) = (module(&["total", "scale"]).expect("a module"), stream());
+    let (module, stream) = (module(&["total", "scale", "cube"]).expect("a module"), stream());
     let numbers: Vec<u8> = (0..100_000_u32).flat_map(u32::to_ne_bytes).collect();
     let (from, to) = (alloc(numbers.len()), alloc(4));
     stream.copy_in(from, &numbers).expect("numbers go there");
@@ -71,6 +71,28 @@ fn computes() {
     let places = output("places", shape(2, 40), 80).expect("places");
     assert_eq!(places[79], 1_000_000 + 39 * 1000 + 2 * 100 + 40);
     assert_eq!(output("halves", shape(1, 1), 2).expect("halves"), [0x3e00, 3]);
+
+    let cells = 4 * 6 * 6;
+    let mut cube = alloc(cells * 4);
+    stream.fill(cube, 0, cells * 4).expect("zeros");
+    let parameters = [(&raw mut cube).cast()];
+    module.launch_cube("cube", ([2, 3, 1], [2, 2, 6], 0), stream, &parameters).expect("a launch");
+    assert_eq!(words(&stream.copy_out(cube, cells * 4).expect("cells")), vec![1; cells]);
+
+    // A structure by value, whose bytes are taken at the launch.
+    #[repr(C)]
+    struct Factors {
+        a: f32,
+        b: [u64; 4],
+    }
+    let mut factors = Factors { a: 1.5, b: [0, 0, 0, 4] };
+    let hold = stream.hold();
+    let parameters = [(&raw mut factors).cast(), (&raw mut cube).cast()];
+    module.launch_cube("scale", ([1; 3], [1; 3], 0), stream, &parameters).expect("a launch");
+    (factors.a, factors.b) = (0.0, [0; 4]);
+    drop(hold);
+    assert_eq!(words(&stream.copy_out(cube, 4).expect("a product"))[0], 6.0_f32.to_bits());
+    assert_eq!((factors.a, factors.b), (0.0, [0; 4]));
 }
 
 #[test]
@@ -219,6 +241,21 @@ fn kernels_that_are_not_there_are_not_found() {
     })
     .passed()
     .said("kernel 'absent' is in the PTX but not in SOFTCUDA_KERNELS");
+}
+
+#[test]
+fn a_kernel_that_spins_ends_with_its_context() {
+    let kernels = compiled(&[]);
+    run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
+        open(0);
+        let (module, stream, flag) = (module(&["spins"]).expect("a module"), stream(), alloc(4));
+        stream.fill(flag, 0, 4).expect("zero");
+        module.launch("spins", shape(1, 1), stream, &[flag]).expect("a launch");
+        assert_eq!(cu!(cuStreamQuery(stream.0)), Err(600));
+        cu!(cuDevicePrimaryCtxReset_v2(0)).expect("a reset");
+        assert_eq!(crate::driver::stream().copy_out(alloc(1), 1), Ok(vec![0xCB]), "the context is as new");
+    })
+    .passed();
 }
 
 #[test]

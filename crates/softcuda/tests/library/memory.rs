@@ -2,7 +2,7 @@
 
 use cudarc::driver::sys;
 
-use crate::driver::{NULL, alloc, open, pinned, statistics, stream, until};
+use crate::driver::{NULL, alloc, fault, open, pinned, statistics, stream, until};
 use crate::process::run;
 
 fn free_and_total() -> (usize, usize) {
@@ -238,6 +238,13 @@ fn rows_are_copied_with_their_pitches() {
         cu!(cuMemcpy2DAsync_v2(&raw const copy, stream.0)).expect("a copy");
         let rows = stream.copy_out(to, 17).expect("bytes");
         assert_eq!(rows, [12, 13, 14, 0, 22, 23, 24, 0, 32, 33, 34, 0, 42, 43, 44, 0, 0]);
+        fault("cuMemcpy2DAsync_v2 corrupt 24").expect("an order");
+        cu!(cuMemcpy2DAsync_v2(&raw const copy, stream.0)).expect("a copy");
+        assert_eq!(
+            stream.copy_out(to, 9).expect("bytes"),
+            [12, 13, 14, 0, 23, 23, 24, 0, 32],
+            "one bit, in one row"
+        );
         copy.dstPitch = 2;
         assert_eq!(
             cu!(cuMemcpy2DAsync_v2(&raw const copy, stream.0)),

@@ -2,7 +2,9 @@
 
 use std::sync::mpsc;
 
-use crate::driver::{NULL, alloc, blocking_stream, event, fault, open, pinned, stream};
+use crate::driver::{
+    NULL, Stream, alloc, blocking_stream, event, fault, open, pinned, statistics, stream, until,
+};
 use crate::process::run;
 
 #[test]
@@ -118,15 +120,84 @@ fn events_tell_times_and_unrecorded_ones_are_done() {
 #[test]
 fn a_destroyed_stream_does_what_it_was_given() {
     run(&[], || {
-        open(0);
+        let context = open(0);
         let (stream, device, done) = (stream(), alloc(100), event());
         let hold = stream.hold();
         stream.fill(device, 5, 100).expect("a fill");
         stream.record(done);
         cu!(cuStreamDestroy_v2(stream.0)).expect("it goes");
+        // The context's synchronisation waits for it all the same.
+        let waiter = std::thread::spawn({
+            let context = context as usize;
+            move || {
+                cu!(cuCtxSetCurrent(context as *mut _)).expect("it is current");
+                cu!(cuCtxSynchronize())
+            }
+        });
+        assert_eq!(cu!(cuEventQuery(done)), Err(600));
+        assert!(!waiter.is_finished());
         drop(hold);
-        cu!(cuEventSynchronize(done)).expect("it comes");
+        assert_eq!(waiter.join().expect("no panic"), Ok(()));
+        assert_eq!(cu!(cuEventQuery(done)), Ok(()));
         assert_eq!(crate::driver::stream().copy_out(device, 100), Ok(vec![5; 100]));
+    })
+    .passed()
+    .did_not_say("race");
+}
+
+#[test]
+fn each_thread_has_its_own_context_and_default_stream() {
+    run(&[("SOFTCUDA_DEVICES", "gpus=2,memory=64MiB")], || {
+        let (second, first) = (open(1), open(0));
+        let device = || {
+            let mut device = 7;
+            cu!(cuCtxGetDevice(&raw mut device)).map(|()| device)
+        };
+        cu!(cuCtxPushCurrent_v2(second)).expect("pushed");
+        assert_eq!(device(), Ok(1));
+        assert_eq!(std::thread::spawn(device).join().expect("no panic"), Err(201), "another thread has none");
+        let mut popped = std::ptr::null_mut();
+        cu!(cuCtxPopCurrent_v2(&raw mut popped)).expect("popped");
+        assert_eq!((popped, device()), (second, Ok(0)));
+        // Handle 2 is the calling thread's own stream: what holds it does not hold another thread's.
+        let own = Stream(std::ptr::without_provenance_mut(2));
+        let hold = own.hold();
+        let (first, elsewhere) = (first as usize, alloc(1));
+        let other = std::thread::spawn(move || {
+            cu!(cuCtxSetCurrent(first as *mut _)).expect("it is current");
+            let own = Stream(std::ptr::without_provenance_mut(2));
+            own.fill(elsewhere, 1, 1).expect("a fill");
+            own.sync()
+        });
+        assert_eq!(other.join().expect("no panic"), Ok(()));
+        assert_eq!(cu!(cuStreamQuery(own.0)), Err(600));
+        drop(hold);
+        assert_eq!(own.sync(), Ok(()));
+    })
+    .passed();
+}
+
+#[test]
+fn a_full_stream_blocks_its_caller_and_nobody_else() {
+    const ROOM: u64 = 1 << 16;
+    run(&[("SOFTCUDA_RACES", "off")], || {
+        let context = open(0) as usize;
+        let (full, other, at) = (stream(), stream(), alloc(1));
+        let hold = full.hold();
+        until("the worker is at the host function", || statistics()["operations"] == 1);
+        let full_stream = full.0 as usize;
+        let caller = std::thread::spawn(move || {
+            cu!(cuCtxSetCurrent(context as *mut _)).expect("it is current");
+            for _ in 0..ROOM + 10 {
+                Stream(full_stream as *mut _).fill(at, 1, 1).expect("a fill");
+            }
+        });
+        until("the stream is full", || statistics()["operations"].as_u64() >= Some(ROOM));
+        assert_eq!(other.copy_out(at, 1), Ok(vec![0xCB]));
+        assert!(!caller.is_finished(), "ten more than there is room for");
+        drop(hold);
+        caller.join().expect("no panic");
+        assert_eq!(full.copy_out(at, 1), Ok(vec![1]));
     })
     .passed();
 }

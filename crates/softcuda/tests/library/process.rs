@@ -1,7 +1,8 @@
 //! Runs a test's body in a process whose loader finds the library and whose environment describes the machine.
 
+use std::collections::HashMap;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Set in the child: which call of `run` in its test is its own.
 const CHILD: &str = "SOFTCUDA_TEST_CHILD";
@@ -56,6 +57,15 @@ fn name_of<F>(_body: &F) -> String {
     name.split("::{{closure}}").next().unwrap_or(name).to_owned()
 }
 
+/// How many calls of `run` this test has made before; other tests of this process have counts of their own.
+fn number_of_call(name: &str) -> usize {
+    static CALLS: Mutex<Option<HashMap<String, usize>>> = Mutex::new(None);
+    let mut calls = CALLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let count = calls.get_or_insert_default().entry(name.to_owned()).or_default();
+    *count += 1;
+    *count - 1
+}
+
 /// Whether this is a child.
 pub(crate) fn in_child() -> bool {
     std::env::var_os(CHILD).is_some()
@@ -63,9 +73,8 @@ pub(crate) fn in_child() -> bool {
 
 /// In the parent: what the child that ran `body` left. In the child: runs it, and ends the process.
 pub(crate) fn run<F: FnOnce()>(environment: &[(&str, &str)], body: F) -> Ran {
-    static CALLS: AtomicUsize = AtomicUsize::new(0);
     let name = name_of(&body);
-    let call = CALLS.fetch_add(1, Ordering::Relaxed).to_string();
+    let call = number_of_call(&name).to_string();
     if let Ok(own) = std::env::var(CHILD) {
         if own != call {
             return Ran {
