@@ -64,3 +64,108 @@ fn atomics_conflict_with_plain_accesses_only() {
     assert!(clashes(&mut shadow, &stamp(&detector, a, &[]), (8, 12), Access::Write), "b's atomic");
     assert!(clashes(&mut shadow, &stamp(&detector, b, &[]), (8, 12), Access::Atomic), "a's write");
 }
+
+/// Numbers that a seed repeats.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % sides
+    }
+}
+
+/// An operation of a random program, with all that happened before it.
+struct Issued {
+    stamp: Arc<Stamp>,
+    before: Vec<bool>,
+    range: (usize, usize),
+    access: Access,
+}
+
+impl Issued {
+    fn conflicts(&self, other: &Self) -> bool {
+        let apart = self.range.1 <= other.range.0 || other.range.1 <= self.range.0;
+        let kinds = (self.access, other.access);
+        !apart && kinds != (Access::Read, Access::Read) && kinds != (Access::Atomic, Access::Atomic)
+    }
+}
+
+/// A program of three streams, waits for earlier operations, and waits of the host.
+fn program(dice: &mut Dice) -> Vec<Issued> {
+    const OPERATIONS: usize = 10;
+    let detector = Detector::new(Policy::Report);
+    let agents = [detector.agent(), detector.agent(), detector.agent()];
+    let (mut issued, mut host) = (Vec::<Issued>::new(), vec![false; OPERATIONS]);
+    let include = |before: &mut Vec<bool>, issued: &[Issued], operation: usize| {
+        before[operation] = true;
+        for (place, earlier) in issued[operation].before.iter().enumerate() {
+            before[place] |= earlier;
+        }
+    };
+    for _ in 0..OPERATIONS {
+        if dice.roll(5) == 0 {
+            let agent = agents[dice.roll(3)];
+            detector.host_knows(&detector.reached(agent));
+            for operation in 0..issued.len() {
+                if issued[operation].stamp.agent == agent {
+                    include(&mut host, &issued, operation);
+                }
+            }
+        }
+        let agent = agents[dice.roll(3)];
+        let (mut before, mut after) = (host.clone(), Vec::new());
+        for operation in 0..issued.len() {
+            let waited = dice.roll(4) == 0;
+            if waited {
+                after.push(issued[operation].stamp.clock.clone());
+            }
+            if waited || issued[operation].stamp.agent == agent {
+                include(&mut before, &issued, operation);
+            }
+        }
+        let start = dice.roll(24);
+        let access = [Access::Read, Access::Write, Access::Atomic][dice.roll(3)];
+        let range = (start, start + 1 + dice.roll(3));
+        issued.push(Issued { stamp: stamp(&detector, agent, &after), before, range, access });
+    }
+    issued
+}
+
+/// Whether a run in a random order that the program allows finds a race.
+fn finds(program: &[Issued], dice: &mut Dice) -> bool {
+    let (mut shadow, mut done) = (Shadow::default(), vec![false; program.len()]);
+    let mut found = false;
+    for _ in 0..program.len() {
+        let ready: Vec<usize> = (0..program.len())
+            .filter(|next| {
+                !done[*next] && program[*next].before.iter().zip(&done).all(|(need, done)| !need || *done)
+            })
+            .collect();
+        let next = ready[dice.roll(ready.len())];
+        done[next] = true;
+        let Issued { stamp, range, access, .. } = &program[next];
+        found |= clashes(&mut shadow, stamp, *range, *access);
+    }
+    found
+}
+
+#[test]
+fn random_programs_race_exactly_where_nothing_orders_a_conflict() {
+    let mut racy = 0;
+    for seed in 1..=3000_u64 {
+        let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let program = program(&mut dice);
+        let expected = (0..program.len()).any(|later| {
+            (0..later)
+                .any(|earlier| !program[later].before[earlier] && program[later].conflicts(&program[earlier]))
+        });
+        racy += u32::from(expected);
+        for run in 0..3 {
+            assert_eq!(finds(&program, &mut dice), expected, "seed {seed}, run {run}");
+        }
+    }
+    assert!((300..2700).contains(&racy), "both kinds of programs are made: {racy} of 3000 race");
+}

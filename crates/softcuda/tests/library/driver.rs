@@ -148,7 +148,7 @@ impl Stream {
 }
 
 /// A loaded module's kernels.
-pub(crate) struct Module(sys::CUmodule);
+pub(crate) struct Module(pub(crate) sys::CUmodule);
 
 /// Loads a module whose PTX has these entries.
 pub(crate) fn module(entries: &[&str]) -> Answer<Module> {

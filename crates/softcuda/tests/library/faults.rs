@@ -158,6 +158,34 @@ fn one_gpu_of_several_can_be_ill() {
 }
 
 #[test]
+fn a_primary_context_lives_as_long_as_it_is_held() {
+    run(&[], || {
+        let first = open(0);
+        let second = open(0);
+        assert_eq!(first, second);
+        let state = || {
+            let (mut flags, mut active) = (7, 7);
+            cu!(cuDevicePrimaryCtxGetState(0, &raw mut flags, &raw mut active)).expect("a state");
+            (flags, active)
+        };
+        cu!(cuDevicePrimaryCtxSetFlags_v2(0, 4)).expect("flags");
+        assert_eq!(state(), (4, 1));
+        cu!(cuDevicePrimaryCtxRelease_v2(0)).expect("released");
+        assert_eq!((state().1, NULL.sync()), (1, Ok(())));
+        cu!(cuDevicePrimaryCtxRelease_v2(0)).expect("released");
+        assert_eq!((state().1, NULL.sync()), (0, Err(201)));
+        assert_eq!(cu!(cuDevicePrimaryCtxRelease_v2(0)), Err(201), "once too often");
+        let (mut bytes, mut bus) = (0, [0 as std::ffi::c_char; 16]);
+        cu!(cuDeviceTotalMem_v2(&raw mut bytes, 0)).expect("a size");
+        assert_eq!(bytes, 64 << 20);
+        cu!(cuDeviceGetPCIBusId(bus.as_mut_ptr(), 16, 0)).expect("a bus");
+        assert_eq!(unsafe { std::ffi::CStr::from_ptr(bus.as_ptr()) }, c"0000:01:00.0");
+        assert_eq!(cu!(cuDeviceGetPCIBusId(bus.as_mut_ptr(), 4, 0)), Err(1), "no room");
+    })
+    .passed();
+}
+
+#[test]
 fn a_mig_instance_is_a_device_of_its_own() {
     run(&[("SOFTCUDA_DEVICES", "gpus=1,memory=64MiB,mig=2")], || {
         open(0);

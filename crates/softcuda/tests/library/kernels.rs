@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use cudarc::driver::sys;
+
 use crate::driver::{Shape, alloc, module, open, pinned, shape, stream};
 use crate::process::{in_child, run};
 
@@ -241,6 +243,27 @@ fn kernels_that_are_not_there_are_not_found() {
     })
     .passed()
     .said("kernel 'absent' is in the PTX but not in SOFTCUDA_KERNELS");
+}
+
+#[test]
+fn functions_go_with_their_module() {
+    let kernels = compiled(&[]);
+    run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
+        open(0);
+        let module = module(&["traps"]).expect("a module");
+        let (mut function, mut threads) = (std::ptr::null_mut(), 0);
+        cu!(cuModuleGetFunction(&raw mut function, module.0, c"traps".as_ptr())).expect("a function");
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        cu!(cuFuncGetAttribute(&raw mut threads, most, function)).expect("an attribute");
+        assert_eq!(threads, 1024);
+        let dynamic = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        cu!(cuFuncSetAttribute(function, dynamic, 100 << 10)).expect("more shared memory");
+        assert_eq!(cu!(cuFuncSetAttribute(function, dynamic, 1 << 20)), Err(1), "too much");
+        cu!(cuModuleUnload(module.0)).expect("unloaded");
+        assert_eq!(cu!(cuFuncGetAttribute(&raw mut threads, most, function)), Err(400));
+        assert_eq!(cu!(cuModuleUnload(module.0)), Err(400));
+    })
+    .passed();
 }
 
 #[test]

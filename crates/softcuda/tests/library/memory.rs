@@ -299,3 +299,49 @@ fn addresses_tell_what_they_are() {
     })
     .passed();
 }
+
+#[test]
+fn calls_without_a_stream_use_the_legacy_one_and_wait_where_the_driver_does() {
+    run(&[], || {
+        open(0);
+        let (a, b, host) = (alloc(12), alloc(12), pinned(12));
+        cu!(cuMemsetD32_v2(a, 0x0102_0304, 3)).expect("words");
+        cu!(cuMemsetD32Async(a + 4, 7, 1, NULL.0)).expect("a word");
+        assert_eq!(cu!(cuMemsetD32Async(a + 2, 7, 1, NULL.0)), Err(1), "not on a word's boundary");
+        cu!(cuMemcpyDtoD_v2(b, a, 12)).expect("a copy");
+        cu!(cuMemcpyDtoH_v2(host.at.cast(), b, 12)).expect("a copy that waits");
+        assert_eq!(host.bytes(), [4, 3, 2, 1, 7, 0, 0, 0, 4, 3, 2, 1]);
+        host.fill(9);
+        cu!(cuMemcpyHtoD_v2(b, host.at.cast(), 12)).expect("a copy that waits");
+        host.fill(0);
+        cu!(cuMemsetD8_v2(b, 8, 1)).expect("a byte");
+        assert_eq!(NULL.copy_out(b, 2), Ok(vec![8, 9]));
+        assert_eq!(NULL.copy_in(0, &[1]), Err(1), "nowhere");
+        assert_eq!(NULL.copy_in(b, &[]), Ok(()), "nothing");
+    })
+    .passed()
+    .did_not_say("race");
+}
+
+#[test]
+fn a_device_has_a_pool_that_can_be_replaced() {
+    run(&[], || {
+        open(0);
+        let (mut default, mut current) = (std::ptr::null_mut(), std::ptr::null_mut());
+        cu!(cuDeviceGetDefaultMemPool(&raw mut default, 0)).expect("a pool");
+        cu!(cuDeviceGetMemPool(&raw mut current, 0)).expect("a pool");
+        assert_eq!((current, cu!(cuMemPoolDestroy(default))), (default, Err(1)));
+        let own = new_pool();
+        cu!(cuDeviceSetMemPool(0, own)).expect("replaced");
+        let mut at = 0;
+        cu!(cuMemAllocAsync(&raw mut at, 512, NULL.0)).expect("memory");
+        let mut used = 0_u64;
+        let kind = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT;
+        cu!(cuMemPoolGetAttribute(own, kind, (&raw mut used).cast())).expect("a figure");
+        assert_eq!(used, 512);
+        cu!(cuMemPoolDestroy(own)).expect("it goes");
+        cu!(cuDeviceGetMemPool(&raw mut current, 0)).expect("a pool");
+        assert_eq!(current, default, "the default takes its place");
+    })
+    .passed();
+}

@@ -2,6 +2,8 @@
 
 use std::sync::mpsc;
 
+use cudarc::driver::sys;
+
 use crate::driver::{
     NULL, Stream, alloc, blocking_stream, event, fault, open, pinned, statistics, stream, until,
 };
@@ -200,4 +202,53 @@ fn a_full_stream_blocks_its_caller_and_nobody_else() {
         assert_eq!(full.copy_out(at, 1), Ok(vec![1]));
     })
     .passed();
+}
+
+#[test]
+fn streams_tell_what_they_are() {
+    run(&[], || {
+        let context = open(0);
+        let (mut least, mut greatest, mut priority, mut capturing) =
+            (7, 7, 7, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+        cu!(cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest)).expect("a range");
+        let (mut made, mut of, mut current) =
+            (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        cu!(cuStreamCreateWithPriority(&raw mut made, 1, greatest - 10)).expect("a stream");
+        cu!(cuStreamGetPriority(made, &raw mut priority)).expect("its priority");
+        assert_eq!((least, priority), (0, greatest), "the nearest in the range");
+        cu!(cuStreamIsCapturing(made, &raw mut capturing)).expect("an answer");
+        assert_eq!(capturing, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+        cu!(cuStreamGetCtx(made, &raw mut of)).expect("its context");
+        cu!(cuCtxGetCurrent(&raw mut current)).expect("the current context");
+        assert_eq!((of, current), (context, context));
+        let (first, second, mut milliseconds) = (event(), event(), -1.0);
+        cu!(cuEventRecordWithFlags(first, made, 0)).expect("a record");
+        cu!(cuEventRecordWithFlags(second, made, 0)).expect("a record");
+        cu!(cuEventSynchronize(second)).expect("it comes");
+        cu!(cuEventElapsedTime(&raw mut milliseconds, first, second)).expect("a time");
+        assert!(milliseconds >= 0.0);
+    })
+    .passed();
+}
+
+#[test]
+fn an_event_of_one_gpu_orders_a_stream_of_another() {
+    run(&[("SOFTCUDA_DEVICES", "gpus=2,memory=64MiB")], || {
+        let there = open(1);
+        let (writer, done, theirs) = (stream(), event(), alloc(100));
+        let here = open(0);
+        let (reader, own) = (stream(), alloc(100));
+        cu!(cuCtxSetCurrent(there)).expect("the other context");
+        let hold = writer.hold();
+        writer.fill(theirs, 3, 100).expect("a fill");
+        writer.record(done);
+        cu!(cuCtxSetCurrent(here)).expect("this context");
+        assert_eq!(cu!(cuEventRecord(done, reader.0)), Err(400), "its records are its own device's");
+        reader.wait(done);
+        cu!(cuMemcpyPeerAsync(own, here, theirs, there, 100, reader.0)).expect("a copy");
+        drop(hold);
+        assert_eq!(reader.copy_out(own, 100), Ok(vec![3; 100]));
+    })
+    .passed()
+    .did_not_say("race");
 }
