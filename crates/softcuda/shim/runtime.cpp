@@ -525,3 +525,21 @@ extern "C" void __tsan_write_range(void *at, unsigned long bytes) {
 }
 extern "C" void __tsan_vptr_update(void **, void *) {}
 extern "C" void __tsan_init() {}
+
+// ---- what the bounds sanitizer's instrumentation calls
+
+struct OutOfBounds {
+    const char *file;
+    uint32_t line, column;
+    const void *array, *index;
+};
+
+/// An index outside of an array whose length the source says: shared memory, or a thread's own.
+extern "C" void __ubsan_handle_out_of_bounds_abort(OutOfBounds *site, size_t index) {
+    if (running == nullptr || running->current == nullptr) abort();
+    char text[512], place[96];
+    where(*running->current, place, sizeof place);
+    snprintf(text, sizeof text, "%s uses index %zd of a shorter array at %s:%u:%u", place, static_cast<ssize_t>(index),
+             site->file, site->line, site->column);
+    softcuda::fail(700, text);
+}

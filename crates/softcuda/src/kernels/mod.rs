@@ -22,6 +22,8 @@ const KERNEL: &[&str] = &[
     "-fwrapv",
     "-ffp-contract=off",
     "-fsanitize=thread",
+    "-fsanitize=bounds",
+    "-fno-sanitize-recover=bounds",
     "--param",
     "tsan-instrument-func-entry-exit=0",
 ];

@@ -84,6 +84,12 @@ extern "C" __global__ void misaligned(unsigned *out) {
 extern "C" __global__ void quarrels(unsigned *out) {
     out[threadIdx.x] = threadIdx.x % 32 == 3 ? __any_sync(0xffffffffu, 1) : __ballot_sync(0xffffffffu, 1);
 }
+extern "C" __global__ void oversteps(unsigned *out) {
+    __shared__ unsigned kept[32];
+    kept[threadIdx.x] = 1;
+    __syncthreads();
+    out[threadIdx.x] = kept[threadIdx.x];
+}
 extern "C" __global__ void unwritten(unsigned *out) {
     __shared__ unsigned kept[2];
     volatile unsigned *words = kept;

@@ -190,6 +190,7 @@ fn kernels_that_go_wrong_end_as_on_a_gpu() {
         ("asserts", 710, "assertion 'blockDim.x == 1' failed"),
         ("traps", 719, "__trap() was called"),
         ("misaligned", 716, "not a multiple of its size"),
+        ("oversteps", 700, "thread (32, 0, 0) uses index 32 of a shorter array at"),
         ("quarrels", 719, "is at __any_sync while its warp is at __ballot_sync"),
     ] {
         let environment =
