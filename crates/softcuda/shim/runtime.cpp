@@ -114,6 +114,19 @@ struct Page {
     uint64_t bits[3][PAGE / 64] = {};
 };
 
+/// Who touched a byte of shared memory in one way, since the last barrier.
+struct Touch {
+    uint32_t thread = 0; // its number and one more; 0 is nobody
+    uint32_t epoch = 0, warp_epoch = 0;
+    bool several = false;   // others of the same warp too
+    bool elsewhere = false; // others of other warps too
+};
+
+/// A byte of shared memory: its last write, and the reads and the atomic changes since then.
+struct Cell {
+    Touch by[3];
+};
+
 /// This object's image, and its thread-local block on the calling thread: constants and shared memory.
 struct Image {
     std::vector<Range> segments;
@@ -177,6 +190,11 @@ struct Block {
     Range known; // of device memory, used last
     std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
     struct { uintptr_t number; Page *page; } near[64] = {};
+    // Races in shared memory: barriers of the block so far, those of each warp, and the last touches of each byte.
+    uint32_t epoch = 0;
+    std::vector<uint32_t> warp_epochs;
+    std::vector<Cell> cells;
+    bool raced = false;
 };
 
 /// The only thread-local state of this file: shared memory lies in the same block, and is poisoned around it.
@@ -240,6 +258,7 @@ bool settle(Block *block) {
         count += thread.state == AT_BARRIER && thread.predicate;
     }
     if (waiting > 0 && waiting + ended == threads.size()) {
+        block->epoch++;
         for (auto &thread : threads) {
             if (thread.state != AT_BARRIER) continue;
             thread.count = count;
@@ -275,6 +294,7 @@ bool settle(Block *block) {
                 // What a lane that takes no part would give is not defined: poison.
                 thread.taken = {known ? warp[thread.source].value : 0xC5C5C5C5C5C5C5C5u, ballot};
             }
+            block->warp_epochs[first / 32]++;
             for (size_t other = 0; other < lanes; other++) {
                 if (there >> other & 1) warp[other].state = READY;
             }
@@ -295,6 +315,7 @@ void run_block(Block *block, uint3 index) {
         running = kept;
     }
     if (block->dynamic_bytes > 0) memset(block->dynamic.get(), POISON_SHARED, block->dynamic_bytes);
+    block->epoch++;
     for (auto &thread : block->threads) {
         thread.state = FRESH;
         thread.place.block = index;
@@ -385,6 +406,66 @@ void misaligned(uintptr_t at, size_t bytes, int access, void *from) {
     refuse(716, "which is not a multiple of its size", at, bytes, access, from);
 }
 
+/// Whether nothing orders a touch before the current thread's.
+bool unordered(const Block *block, const Touch &touch, uint32_t thread) {
+    if (touch.thread == 0 || touch.epoch != block->epoch) return false;
+    uint32_t warp = (thread - 1) / 32;
+    if (touch.elsewhere || (touch.thread - 1) / 32 != warp) return true;
+    return touch.warp_epoch == block->warp_epochs[warp] && (touch.several || touch.thread != thread);
+}
+
+/// Adds the current thread to those who read, or changed atomically.
+void join(const Block *block, Touch &touch, uint32_t thread) {
+    uint32_t warp = (thread - 1) / 32;
+    if (!unordered(block, touch, thread)) {
+        touch = {thread, block->epoch, block->warp_epochs[warp]};
+        return;
+    }
+    bool same = (touch.thread - 1) / 32 == warp;
+    touch.several |= same;
+    touch.elsewhere |= !same;
+    if (same) touch.warp_epoch = block->warp_epochs[warp];
+}
+
+/// Looks for a race between the threads of a block; tells one of each launch.
+void hazard(Block *block, size_t offset, size_t bytes, int access, void *from) {
+    static const char *const KINDS[3][3] = {
+        // after a read, a write, an atomic change
+        {nullptr, "read after write", "read after atomic"},
+        {"write after read", "write after write", "write after atomic"},
+        {"atomic after read", "atomic after write", nullptr},
+    };
+    if (block->launch->raced == nullptr || block->raced) return;
+    if (block->cells.empty()) {
+        block->cells.resize(block->image.shared.to - block->image.shared.from + block->dynamic_bytes);
+    }
+    auto thread = static_cast<uint32_t>(block->current - block->threads.data()) + 1;
+    for (size_t at = offset; at < offset + bytes; at++) {
+        Cell &cell = block->cells[at];
+        for (int before = 0; before < 3; before++) {
+            const Touch &touch = cell.by[before];
+            if (KINDS[access][before] == nullptr || !unordered(block, touch, thread)) continue;
+            char earlier[160], later[640], place[96];
+            where(block->threads[touch.thread - 1], place, sizeof place);
+            snprintf(earlier, sizeof earlier, "%s", place);
+            where(*block->current, place, sizeof place);
+            Dl_info info{};
+            uintptr_t base = dladdr(from, &info) != 0 ? reinterpret_cast<uintptr_t>(info.dli_fbase) : 0;
+            snprintf(later, sizeof later, "%s (the line: addr2line -Cfipe %s %#zx)", place,
+                     info.dli_fname == nullptr ? "?" : info.dli_fname, reinterpret_cast<uintptr_t>(from) - base - 1);
+            block->raced = true;
+            block->launch->raced(block->launch->run, earlier, later, KINDS[access][before], offset, bytes);
+            return;
+        }
+        if (access == softcuda::WRITE) {
+            cell = {};
+            cell.by[access] = {thread, block->epoch, block->warp_epochs[(thread - 1) / 32]};
+        } else {
+            join(block, cell.by[access], thread);
+        }
+    }
+}
+
 void check(const void *pointer, size_t bytes, int access, void *from) {
     Block *block = running;
     if (block == nullptr || block->current == nullptr || bytes == 0) return;
@@ -394,8 +475,14 @@ void check(const void *pointer, size_t bytes, int access, void *from) {
         auto stack = reinterpret_cast<uintptr_t>(block->current->fiber->stack());
         auto dynamic = reinterpret_cast<uintptr_t>(block->dynamic.get());
         auto threads = reinterpret_cast<uintptr_t>(block->threads.data());
-        if (Range{stack, stack + STACK}.holds(at, bytes) || block->image.shared.holds(at, bytes) ||
-            Range{dynamic, dynamic + block->dynamic_bytes}.holds(at, bytes) ||
+        if (block->image.shared.holds(at, bytes)) {
+            return hazard(block, at - block->image.shared.from, bytes, access, from);
+        }
+        if (Range{dynamic, dynamic + block->dynamic_bytes}.holds(at, bytes)) {
+            size_t fixed = block->image.shared.to - block->image.shared.from;
+            return hazard(block, fixed + (at - dynamic), bytes, access, from);
+        }
+        if (Range{stack, stack + STACK}.holds(at, bytes) ||
             (access == softcuda::READ &&
              Range{threads, threads + block->threads.size() * sizeof(Thread)}.holds(at, bytes))) {
             return;
@@ -476,6 +563,7 @@ uint32_t run(const softcuda_launch *launch, void (*body)(void *const *), void *c
         place.grid_shape = dim3(grid[0], grid[1], grid[2]);
         place.lane = i % 32;
     }
+    block.warp_epochs.resize((block.threads.size() + 31) / 32);
     for (unsigned int z = 0; z < grid[2]; z++) {
         for (unsigned int y = 0; y < grid[1]; y++) {
             for (unsigned int x = 0; x < grid[0] && block.code == 0; x++) run_block(&block, {x, y, z});

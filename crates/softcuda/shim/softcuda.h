@@ -63,6 +63,8 @@ struct softcuda_launch {
     void (*accessed)(const void *run, uintptr_t from, uintptr_t to, int access);
     void (*failed)(const void *run, const char *why);
     const bool *stop;
+    // Null where races are not looked for.
+    void (*raced)(const void *run, const char *earlier, const char *later, const char *kind, size_t offset, size_t bytes);
 };
 
 struct softcuda_kernel {

@@ -143,6 +143,11 @@ impl Driver {
             Ok("abort") => Policy::Abort,
             Ok(other) => return Err(refuse(format!("SOFTCUDA_RACES='{other}': use report, abort or off"))),
         };
+        // Read where kernels run; refused here, where somebody sees it.
+        match std::env::var("SOFTCUDA_KERNEL_ORDER").as_deref() {
+            Err(_) | Ok("up" | "down" | "") => {}
+            Ok(other) => return Err(refuse(format!("SOFTCUDA_KERNEL_ORDER='{other}': use up or down"))),
+        }
         let trace = Trace::new(std::env::var("SOFTCUDA_TRACE").ok().as_deref()).map_err(refuse)?;
         let memories: Vec<u64> = machine.devices.iter().map(|device| device.memory).collect();
         let driver = Self::new(machine, Space::new(&memories)?, Detector::new(policy), trace)?;

@@ -9,7 +9,7 @@ use crate::context::Context;
 use crate::driver::Driver;
 use crate::error::{Answer, Code};
 use crate::module::{Function, Kernel};
-use crate::races::{Access, Stamp};
+use crate::races::{Access, Race, Stamp};
 use crate::report;
 use crate::stream::Stream;
 
@@ -44,7 +44,11 @@ struct Interface<'a> {
     failed: unsafe extern "C" fn(*const Run<'_>, *const c_char),
     /// Set when the kernel should end: its context was reset.
     stop: *const AtomicBool,
+    raced: Option<Raced>,
 }
+
+/// Told of a race between threads of one block: the two, what they did, and where in shared memory.
+type Raced = unsafe extern "C" fn(*const Run<'_>, *const c_char, *const c_char, *const c_char, usize, usize);
 
 /// One run of a kernel.
 struct Run<'a> {
@@ -119,6 +123,7 @@ impl Launch {
             accessed,
             failed,
             stop: stream.given_up(),
+            raced: driver.races.is_on().then_some(raced as Raced),
         };
         let mut parameters = self.parameters.clone();
         let pointers: Vec<*mut c_void> =
@@ -157,6 +162,23 @@ unsafe extern "C" fn accessed(run: *const Run<'_>, from: usize, to: usize, acces
         };
         run.driver.races.access(run.stamp, &allocation, (from, to - from), access);
     }
+}
+
+/// Two threads of a block touched the same bytes of shared memory, with no barrier between them.
+unsafe extern "C" fn raced(
+    run: *const Run<'_>,
+    earlier: *const c_char,
+    later: *const c_char,
+    kind: *const c_char,
+    offset: usize,
+    bytes: usize,
+) {
+    // SAFETY: as in `live`, and C strings of the kernel's runtime, which outlive this call.
+    let (run, texts) =
+        unsafe { (&*run, [earlier, later, kind].map(|text| CStr::from_ptr(text).to_string_lossy())) };
+    let [earlier, later, kind] = texts.map(std::borrow::Cow::into_owned);
+    let allocation = format!("the shared memory of {}", run.stamp.name());
+    run.driver.races.report(Race { earlier, later, kind, offset, bytes, allocation });
 }
 
 /// The kernel cannot go on; says why.

@@ -78,7 +78,8 @@ impl Stamp {
         self.count <= clock.get(self.agent)
     }
 
-    fn name(&self) -> String {
+    /// As reports name it.
+    pub(crate) fn name(&self) -> String {
         let detail = self.detail.as_deref().map(|name| format!(" {name}")).unwrap_or_default();
         if self.agent == HOST {
             return format!("{} (host)", self.symbol);
@@ -104,7 +105,7 @@ pub(crate) enum Access {
 pub(crate) struct Race {
     pub(crate) earlier: String,
     pub(crate) later: String,
-    pub(crate) kind: &'static str,
+    pub(crate) kind: String,
     /// Where in its allocation, and how much.
     pub(crate) offset: usize,
     pub(crate) bytes: usize,
@@ -241,7 +242,7 @@ impl Detector {
             self.report(Race {
                 earlier: other.name(),
                 later: stamp.name(),
-                kind,
+                kind: kind.to_owned(),
                 offset: start,
                 bytes: end - start,
                 allocation: format!(
@@ -257,7 +258,8 @@ impl Detector {
         lock(&self.shadows).remove(&allocation.id);
     }
 
-    fn report(&self, race: Race) {
+    /// Tells of a race, and keeps it.
+    pub(crate) fn report(&self, race: Race) {
         self.count.fetch_add(1, Ordering::Relaxed);
         report::say(&format!(
             "race ({}): {} and {}: nothing orders them, at bytes {}..{} of {}",

@@ -66,7 +66,37 @@ extern "C" __global__ void halves(unsigned *out) {
     out[1] = (unsigned)(__half2float(__ushort_as_half(0x4200)));
 }
 
+// Shared memory between the threads of a warp, and atomics of all: in order without a barrier of the block.
+extern "C" __global__ void warpwise(unsigned *out) {
+    __shared__ unsigned kept[64];
+    __shared__ unsigned total;
+    unsigned t = threadIdx.x;
+    if (t == 0) total = 0;
+    __syncthreads();
+    kept[t] = t;
+    __syncwarp();
+    unsigned other = kept[t ^ 1];
+    __syncwarp();
+    kept[t] = other;
+    atomicAdd(&total, other);
+    __syncthreads();
+    out[t] = t == 0 ? total : kept[t];
+}
+
 // ---- what goes wrong
+
+// A barrier of the warp where one of the block is needed.
+extern "C" __global__ void halfhearted(unsigned *out) {
+    extern __shared__ unsigned words[];
+    words[threadIdx.x] = threadIdx.x;
+    __syncwarp();
+    out[threadIdx.x] = words[threadIdx.x ^ 32];
+}
+extern "C" __global__ void mixes(unsigned *out) {
+    __shared__ unsigned total;
+    atomicExch(&total, 0u);
+    out[threadIdx.x] = total;
+}
 
 extern "C" __global__ void hangs(unsigned *out) {
     if (threadIdx.x < 32 || threadIdx.x == 40) {

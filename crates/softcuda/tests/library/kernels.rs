@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use cudarc::driver::sys;
 
-use crate::driver::{Shape, alloc, module, open, pinned, shape, stream};
+use crate::driver::{Shape, alloc, module, open, pinned, shape, statistics, stream};
 use crate::process::{in_child, run};
 
 /// The compiled kernels of `kernels.cu`, for as long as this lives.
@@ -73,6 +73,9 @@ fn computes() {
     let places = output("places", shape(2, 40), 80).expect("places");
     assert_eq!(places[79], 1_000_000 + 39 * 1000 + 2 * 100 + 40);
     assert_eq!(output("halves", shape(1, 1), 2).expect("halves"), [0x3e00, 3]);
+
+    let sums = output("warpwise", shape(3, 64), 64).expect("sums");
+    assert_eq!(sums[..4], [63 * 32, 0, 3, 2]);
 
     let cells = 4 * 6 * 6;
     let mut cube = alloc(cells * 4);
@@ -206,21 +209,43 @@ fn kernels_that_go_wrong_end_as_on_a_gpu() {
 }
 
 #[test]
-fn shared_memory_is_poison_at_first_and_the_order_shows_a_missing_barrier() {
+fn shared_memory_is_poison_at_first_and_a_missing_barrier_is_a_race() {
     let kernels = compiled(&[]);
     run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
         open(0);
         assert_eq!(output("unwritten", shape(2, 1), 4).expect("a run"), [0xC5C5_C5C5; 4]);
         let found = output("forgets", shape(1, 64), 64).expect("a run");
         assert_eq!(found, (0..64).map(|thread: u32| thread.saturating_sub(1)).collect::<Vec<_>>(), "by luck");
+        let races = statistics()["races"].clone();
+        assert_eq!((&races["count"], &races["found"][0]["bytes"]), (&1.into(), &4.into()), "one of a launch is told");
     })
-    .passed();
+    .passed()
+    .said("race (read after write): block (0, 0, 0), thread (0, 0, 0) and block (0, 0, 0), thread (1, 0, 0) (the line:")
+    .said("of the shared memory of cuLaunchKernel forgets #");
     run(&[("SOFTCUDA_KERNELS", kernels.path()), ("SOFTCUDA_KERNEL_ORDER", "down")], || {
         open(0);
         let found = output("forgets", shape(1, 64), 64).expect("a run");
         assert_eq!(found[1..], [0xC5C5_C5C5; 63]);
     })
-    .passed();
+    .passed()
+    .said("race (write after read)");
+    run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
+        open(0);
+        output("halfhearted", Shape { grid: 1, block: 64, shared: 256 }, 64).expect("a run");
+        assert_eq!(statistics()["races"]["count"], 1);
+        output("halfhearted", Shape { grid: 2, block: 32, shared: 256 }, 64).expect("a run");
+        assert_eq!(statistics()["races"]["count"], 1, "a warp alone needs no more");
+        output("mixes", shape(1, 2), 2).expect("a run");
+        assert_eq!(statistics()["races"]["count"], 2);
+    })
+    .passed()
+    .said("race (atomic after read)");
+    run(&[("SOFTCUDA_KERNELS", kernels.path()), ("SOFTCUDA_RACES", "off")], || {
+        open(0);
+        output("forgets", shape(1, 64), 64).expect("a run");
+    })
+    .passed()
+    .did_not_say("race");
 }
 
 #[test]

@@ -50,13 +50,19 @@ fn a_trace_shows_copies_beside_one_another() {
 }
 
 #[test]
-fn a_trace_that_cannot_be_written_is_refused() {
+fn settings_that_cannot_be_followed_are_refused() {
     run(&[("SOFTCUDA_TRACE", "/proc/nowhere/trace")], || assert_eq!(cu!(cuInit(0)), Err(1)))
         .passed()
         .said("SOFTCUDA_TRACE: '/proc/nowhere/trace'");
     run(&[("SOFTCUDA_RACES", "perhaps")], || assert_eq!(cu!(cuInit(0)), Err(1)))
         .passed()
         .said("use report, abort or off");
+    run(&[("SOFTCUDA_KERNEL_ORDER", "sideways")], || assert_eq!(cu!(cuInit(0)), Err(1)))
+        .passed()
+        .said("use up or down");
+    run(&[("SOFTCUDA_FAULTS", "cuInit explode")], || assert_eq!(cu!(cuInit(0)), Err(1)))
+        .passed()
+        .said("'explode' is no action");
 }
 
 #[test]
