@@ -126,7 +126,10 @@ fn without_context(
             if let Some((code, _)) = verdict.refuse {
                 return Err(code);
             }
-            work(&Call { driver, symbol, effects: Cell::new(verdict.effects) })
+            let call = Call { driver, symbol, effects: Cell::new(verdict.effects) };
+            work(&call)?;
+            // There is no context to tell it later.
+            call.left_over().map_or(Ok(()), |(code, _)| Err(code))
         };
         (device, answer())
     })
@@ -151,10 +154,29 @@ pub(crate) fn within(symbol: &'static str, work: impl FnOnce(&Within) -> Answer<
                 return Err(code);
             }
             let call = Call { driver, symbol, effects: Cell::new(verdict.effects) };
-            work(&Within { call, context })
+            let within = Within { call, context };
+            let answer = work(&within);
+            match within.call.left_over() {
+                Some((code, true)) => within.context.set_sticky(code),
+                Some((code, false)) => within.context.set_pending(code),
+                None => {}
+            }
+            answer
         };
         (Some(device), answer())
     })
+}
+
+impl Call {
+    /// What faults ordered of this call and no operation took along: a delay is the call's own, and the failure is
+    /// for the caller to place.
+    fn left_over(&self) -> Option<(Code, bool)> {
+        let effects = self.effects.take();
+        if let Some(delay) = effects.delay {
+            std::thread::sleep(delay);
+        }
+        effects.fail
+    }
 }
 
 impl Within {

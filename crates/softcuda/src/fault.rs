@@ -171,6 +171,9 @@ fn order(line: &str) -> Result<Order, String> {
             ms @ 0..=DELAY_MAX_MS => Action::Delay(ms),
             ms => return Err(format!("{ms} ms are more than {DELAY_MAX_MS}")),
         },
+        Some("corrupt") if symbol.is_some_and(|name| !name.starts_with("cuMemcpy")) => {
+            return Err("only copies (cuMemcpy...) can be corrupted".to_owned());
+        }
         Some("corrupt") => Action::Corrupt(words.get(2).map_or(Ok(0), |word| number(word))?),
         Some(other) => return Err(format!("'{other}' is no action")),
         None => return Err("an action is missing".to_owned()),
@@ -222,6 +225,7 @@ mod tests {
             ("cuInit fail 2 3", "too much"),
             ("cuInit fail 2 soon=1", "'soon'"),
             ("cuInit delay 99999999", "more than"),
+            ("cuMemsetD8Async corrupt 1", "only copies"),
             ("hang now", "nothing more"),
         ] {
             let error = parse(text).unwrap_err();

@@ -154,13 +154,18 @@ unsafe extern "C" fn live(run: *const Run<'_>, at: usize, from: *mut usize, to: 
 unsafe extern "C" fn accessed(run: *const Run<'_>, from: usize, to: usize, access: i32) {
     // SAFETY: as in `live`.
     let run = unsafe { &*run };
-    if let Some(allocation) = run.driver.space.holds(from, to - from) {
-        let access = match access {
-            0 => Access::Read,
-            1 => Access::Write,
-            _ => Access::Atomic,
-        };
-        run.driver.races.access(run.stamp, &allocation, (from, to - from), access);
+    let access = match access {
+        0 => Access::Read,
+        1 => Access::Write,
+        _ => Access::Atomic,
+    };
+    // Ranges of page-locked memory can lie side by side.
+    let mut at = from;
+    while at < to {
+        let Some(allocation) = run.driver.space.find(at) else { return };
+        let end = to.min(allocation.end());
+        run.driver.races.access(run.stamp, &allocation, (at, end - at), access);
+        at = end;
     }
 }
 

@@ -2,6 +2,7 @@
 //! not what the work is.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use crate::context::Context;
 use crate::error::{Answer, Code};
 use crate::locks::{lock, wait, wait_a_while};
 use crate::operation::Operation;
+use crate::report;
 
 /// Operations that wait in one stream; a call that would add one more blocks until there is room, as a GPU's does.
 pub(crate) const QUEUE_MAX: usize = 1 << 16;
@@ -178,7 +180,14 @@ impl Stream {
             }
             context.gate.pass(&self.given_up);
             if !self.given_up.load(Ordering::Acquire) {
-                operation.run(context, self);
+                // A thread that ended would leave everybody waiting.
+                if catch_unwind(AssertUnwindSafe(|| operation.run(context, self))).is_err() {
+                    report::say(&format!(
+                        "an operation of stream {} panicked: this is a defect of softcuda",
+                        self.number
+                    ));
+                    context.set_sticky(Code::UNKNOWN);
+                }
             }
             *lock(&self.progress.done) += 1;
             self.progress.changed.notify_all();

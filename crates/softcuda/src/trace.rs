@@ -37,10 +37,11 @@ struct Line<'a> {
 }
 
 impl Trace {
-    /// Into that file, or nowhere.
+    /// Into that file, or nowhere; `%p` in its name is the process.
     pub(crate) fn new(path: Option<&str>) -> Result<Self, String> {
+        let path = path.map(|path| path.replace("%p", &std::process::id().to_string()));
         let file = path
-            .map(|path| File::create(path).map_err(|error| format!("SOFTCUDA_TRACE: '{path}': {error}")))
+            .map(|path| File::create(&path).map_err(|error| format!("SOFTCUDA_TRACE: '{path}': {error}")))
             .transpose()?;
         Ok(Self { file: file.map(Mutex::new), started: Instant::now() })
     }

@@ -53,6 +53,22 @@ fn an_asynchronous_sticky_fault_ends_the_context_at_its_place() {
 }
 
 #[test]
+fn orders_hold_for_calls_that_issue_nothing_too() {
+    run(&[], || {
+        open(0);
+        fault("cuMemAlloc_v2 delay 20; cuMemFree_v2 async 719; cuDeviceGetCount async 46").expect("orders");
+        let began = std::time::Instant::now();
+        let at = alloc(1);
+        assert!(began.elapsed().as_millis() >= 20);
+        assert_eq!(cu!(cuMemFree_v2(at)), Ok(()));
+        assert_eq!((NULL.sync(), NULL.sync()), (Err(719), Ok(())), "told by the next call");
+        let mut count = 0;
+        assert_eq!(cu!(cuDeviceGetCount(&raw mut count)), Err(46), "which has no context to tell it later");
+    })
+    .passed();
+}
+
+#[test]
 fn a_hung_device_goes_on_when_it_is_resumed() {
     run(&[("SOFTCUDA_DEVICES", "gpus=2,memory=64MiB")], || {
         open(1);

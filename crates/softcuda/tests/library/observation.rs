@@ -11,7 +11,7 @@ use crate::process::{in_child, run};
 #[test]
 fn a_trace_shows_copies_beside_one_another() {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("trace.jsonl");
+    let path = folder.path().join("trace-%p.jsonl");
     run(&[("SOFTCUDA_TRACE", path.to_str().expect("a plain path"))], || {
         open(0);
         let (a, b, at, host) = (stream(), stream(), alloc(1000), pinned(100));
@@ -33,7 +33,10 @@ fn a_trace_shows_copies_beside_one_another() {
     if in_child() {
         return;
     }
-    let text = std::fs::read_to_string(&path).expect("a trace");
+    let traces: Vec<_> = std::fs::read_dir(folder.path()).expect("the folder").collect();
+    let [Ok(trace)] = &traces[..] else { panic!("{traces:?}") };
+    let text = std::fs::read_to_string(trace.path()).expect("a trace");
+    assert!(!trace.file_name().to_string_lossy().contains('%'), "{trace:?}");
     let lines: Vec<serde_json::Value> =
         text.lines().map(|line| serde_json::from_str(line).expect("each line is JSON")).collect();
     let of = |kind: &str, symbol: &str| {

@@ -139,6 +139,25 @@ fn the_hosts_own_accesses_count_where_they_are_declared() {
 }
 
 #[test]
+fn a_kernel_that_runs_over_two_registrations_touches_both() {
+    let kernels = compiled(&[]);
+    run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
+        open(0);
+        let (module, a, b) = (module(&["set"]).expect("a module"), stream(), stream());
+        let mut own = vec![0_u32; 64];
+        let at = own.as_mut_ptr().cast::<u8>();
+        for half in [at, at.wrapping_add(128)] {
+            cu!(cuMemHostRegister_v2(half.cast(), 128, 0)).expect("registered");
+        }
+        module.launch("set", shape(1, 64), a, &[at as u64, 1]).expect("a launch");
+        b.fill(at.wrapping_add(128) as u64, 2, 128).expect("a fill");
+        cu!(cuCtxSynchronize()).expect("both");
+        assert_eq!(statistics()["races"]["count"], 1);
+    })
+    .passed();
+}
+
+#[test]
 fn kernels_race_by_the_bytes_that_they_touch() {
     let kernels = compiled(&[]);
     run(&[("SOFTCUDA_KERNELS", kernels.path())], || {
