@@ -1,6 +1,7 @@
-//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `chaos`.
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `chaos`, `softcuda`.
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
+mod softcuda;
 mod test;
 mod tidy;
 
@@ -44,6 +45,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
+    /// Runs a command on the software CUDA driver: `--gpus 2 --memory 1GiB -- COMMAND ...`; see its README.
+    Softcuda(softcuda::SoftcudaOptions),
 }
 
 /// The repository's root.
@@ -78,6 +81,7 @@ fn run(options: &Options) -> Result<bool> {
         Task::Bench { names } => cargo_run("keepwarm-benches", "keepwarm-benches", names),
         Task::Sim { options } => cargo_run("keepwarm-tests", "sim", options),
         Task::Chaos { options } => chaos(options),
+        Task::Softcuda(options) => softcuda::run(&root(), options),
     }
 }
 

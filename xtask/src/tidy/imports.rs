@@ -42,6 +42,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["keepwarm-types", "keepwarm-core", "keepwarm-config", "keepwarm-node", "keepwarm-engine"],
     ),
     ("keepwarm-client", &["keepwarm-types"]),
+    ("softcuda", &[]),
 ];
 
 /// Libraries that the brain and its vocabulary may use, and no other.
