@@ -43,3 +43,16 @@ fn a_kernel_is_launched() {
     })
     .passed();
 }
+
+#[test]
+fn a_library_that_the_program_opened_itself_is_the_one_that_cudarc_uses() {
+    run(&[("LD_LIBRARY_PATH", "")], || {
+        let built = softcuda::layout::beside_this_program().expect("the library");
+        let path = std::ffi::CString::new(built.into_os_string().into_encoded_bytes()).expect("no NUL in it");
+        let opened = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+        assert!(!opened.is_null());
+        let context = CudaContext::new(0).expect("the device opens");
+        assert_eq!(context.name().expect("a name"), "softcuda");
+    })
+    .passed();
+}

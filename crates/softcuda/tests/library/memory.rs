@@ -2,7 +2,7 @@
 
 use cudarc::driver::sys;
 
-use crate::driver::{NULL, alloc, fault, open, pinned, statistics, stream, until};
+use crate::driver::{NULL, alloc, event, fault, open, pinned, statistics, stream, until};
 use crate::process::run;
 
 fn free_and_total() -> (usize, usize) {
@@ -342,6 +342,50 @@ fn a_device_has_a_pool_that_can_be_replaced() {
         cu!(cuMemPoolDestroy(own)).expect("it goes");
         cu!(cuDeviceGetMemPool(&raw mut current, 0)).expect("a pool");
         assert_eq!(current, default, "the default takes its place");
+    })
+    .passed();
+}
+
+#[test]
+fn many_threads_share_a_device_and_leave_nothing() {
+    const THREADS: u8 = 6;
+    run(&[], || {
+        let context = open(0) as usize;
+        let threads: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                std::thread::spawn(move || {
+                    cu!(cuCtxSetCurrent(context as *mut _)).expect("it is current");
+                    let (stream, other, done) = (stream(), stream(), event());
+                    for round in 0..100_usize {
+                        let bytes = 1 + round * 37;
+                        let pattern = vec![thread ^ u8::try_from(round).expect("small"); bytes];
+                        let (mut first, mut second) = (0, 0);
+                        cu!(cuMemAllocAsync(&raw mut first, bytes, stream.0)).expect("memory");
+                        cu!(cuMemAllocAsync(&raw mut second, bytes, stream.0)).expect("memory");
+                        stream.copy_in(first, &pattern).expect("a copy");
+                        stream.record(done);
+                        other.wait(done);
+                        other.copy(second, first, bytes).expect("a copy");
+                        cu!(cuMemFreeAsync(first, other.0)).expect("freed");
+                        assert_eq!(other.copy_out(second, bytes).expect("bytes"), pattern, "round {round}");
+                        cu!(cuMemFreeAsync(second, stream.0)).expect("freed");
+                    }
+                    cu!(cuEventDestroy_v2(done)).expect("it goes");
+                    for gone in [stream, other] {
+                        cu!(cuStreamDestroy_v2(gone.0)).expect("it goes");
+                    }
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().expect("no panic");
+        }
+        cu!(cuCtxSynchronize()).expect("all of it");
+        let now = statistics();
+        for what in ["device_allocations", "streams", "events"] {
+            assert_eq!(now["live"][what], 0, "{what}: {now}");
+        }
+        assert_eq!((free_and_total().0, &now["races"]["count"]), (64 << 20, &0.into()));
     })
     .passed();
 }
