@@ -2,7 +2,8 @@
 //!
 //! The owner gets the client's own HTTP request over the peer link, with the tenant that the first node found, and
 //! answers as if it had been asked itself. A request that came by relay is never relayed again. While a shard's owner
-//! changes, a request that was not sent yet waits a moment for the next one.
+//! changes, a request that was not sent yet waits a moment for the next one, and so does one that only reads and has no
+//! answer yet.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -30,6 +31,9 @@ use crate::routes::{ApiState, request_id};
 
 /// How long a request waits for its session's next owner: a take-over is a fraction of a second.
 const MOVING_WAIT: Duration = Duration::from_millis(1500);
+/// How long the node that another one takes for the owner waits until it knows of it: news of the map reach nodes within
+/// milliseconds of each other.
+const BEHIND_WAIT: Duration = Duration::from_millis(500);
 /// How long the owner may take to begin its answer: a write waits for its replicas up to five seconds, a completion
 /// for its turn.
 const HEAD_WAIT: Duration = Duration::from_secs(120);
@@ -77,9 +81,10 @@ pub async fn serve_relayed(mut relays: mpsc::Receiver<IncomingRelay>, router: Ro
 
 /// Sends a request to its owner, if that is another node.
 pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, next: Next) -> Response {
-    if !state.handle.in_cluster() || request.extensions().get::<RelayedCaller>().is_some() {
+    if !state.handle.in_cluster() {
         return next.run(request).await;
     }
+    let was_relayed = request.extensions().get::<RelayedCaller>().is_some();
     let (mut parts, body) = request.into_parts();
     // Whoever may not ask is told so by the route.
     let caller = match Caller::from_request_parts(&mut parts, &state).await {
@@ -90,38 +95,58 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
         Ok(found) => found,
         Err(problem) => return problem.into_response(),
     };
+    if was_relayed {
+        let deadline = Instant::now() + BEHIND_WAIT;
+        let here = until(&state.handle, &target, |place| *place == Whereabouts::Here);
+        // Who never learns that it is the owner says so as the shard does.
+        let _ = tokio::time::timeout_at(deadline, here).await;
+        return next.run(Request::from_parts(parts, body)).await;
+    }
     let deadline = Instant::now() + MOVING_WAIT;
     let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
     loop {
-        let whereabouts = match target {
-            Target::Here => Whereabouts::Here,
-            Target::Session(id) => state.handle.whereabouts(id),
-            Target::Anywhere => state.handle.anywhere(),
-        };
         let changed = state.handle.map_changes();
-        let reason = match whereabouts {
+        let reason = match place(&state.handle, &target) {
             Whereabouts::Here => return next.run(Request::from_parts(parts, body)).await,
             Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
-            Whereabouts::At(node) => match state.handle.relay(&node, &relayed).await {
-                Ok(stream) if matches!(parts.method, Method::GET | Method::HEAD) => {
+            Whereabouts::At(node) => {
+                let at = Whereabouts::At(node.clone());
+                let moved = until(&state.handle, &target, |place| *place != at);
+                if matches!(parts.method, Method::GET | Method::HEAD) {
                     // Asked twice it does no harm: what breaks off goes to the next owner.
                     let mut again = Request::new(Body::empty());
                     again.method_mut().clone_from(&parts.method);
                     again.uri_mut().clone_from(&parts.uri);
                     again.headers_mut().clone_from(&parts.headers);
-                    match forward(&state.handle, &node, stream, again).await {
-                        Ok(response) => return response,
-                        Err(error) => error,
+                    let answer = async {
+                        let stream =
+                            state.handle.relay(&node, &relayed).await.map_err(|error| error.to_string())?;
+                        forward(&state.handle, &node, stream, again).await
+                    };
+                    tokio::select! {
+                        answer = answer => match answer {
+                            Ok(response) => return response,
+                            Err(error) => error,
+                        },
+                        () = moved => continue,
+                    }
+                } else {
+                    let opened = tokio::select! {
+                        opened = state.handle.relay(&node, &relayed) => opened,
+                        () = moved => continue,
+                    };
+                    match opened {
+                        Ok(stream) => {
+                            let request = Request::from_parts(parts, body);
+                            let answer = forward(&state.handle, &node, stream, request).await;
+                            return answer.unwrap_or_else(|error| {
+                                Problem::new("outcome_unknown", error).into_response()
+                            });
+                        }
+                        Err(error) => error.to_string(),
                     }
                 }
-                Ok(stream) => {
-                    let request = Request::from_parts(parts, body);
-                    let answer = forward(&state.handle, &node, stream, request).await;
-                    return answer
-                        .unwrap_or_else(|error| Problem::new("outcome_unknown", error).into_response());
-                }
-                Err(error) => error.to_string(),
-            },
+            }
         };
         // Nothing was sent: the next owner may take it.
         if tokio::time::timeout_at(deadline, changed).await.is_err() {
@@ -131,6 +156,26 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
             })
             .into_response();
         }
+    }
+}
+
+/// Where a target is now.
+fn place(handle: &Handle, target: &Target) -> Whereabouts {
+    match target {
+        Target::Here => Whereabouts::Here,
+        Target::Session(id) => handle.whereabouts(*id),
+        Target::Anywhere => handle.anywhere(),
+    }
+}
+
+/// Waits until a target is at such a place; cancelled, nothing has happened.
+async fn until(handle: &Handle, target: &Target, fits: impl Fn(&Whereabouts) -> bool) {
+    loop {
+        let changed = handle.map_changes();
+        if fits(&place(handle, target)) {
+            return;
+        }
+        changed.await;
     }
 }
 
