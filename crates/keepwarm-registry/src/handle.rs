@@ -302,9 +302,11 @@ pub enum RegisterError {
     #[error("this node cannot register: {0}")]
     Refused(Refused),
     /// Nobody answered in time.
-    #[error("this node is not registered yet: {0}")]
+    #[error("this node is not registered yet: {0}; a majority of the voters must run and reach each other")]
     NoAnswer(ProposeError),
     /// It is registered, but this node has not seen it applied.
-    #[error("this node is registered as incarnation {0}, but is behind: it must not serve yet")]
+    #[error(
+        "this node is registered as incarnation {0}, but is behind and must not serve yet; a majority of the voters must run and reach each other"
+    )]
     Behind(Incarnation),
 }

@@ -106,6 +106,7 @@ fn start_anew() -> Failure {
 
 fn start_failure(error: StartError) -> Failure {
     match error {
+        StartError::Cluster(ref cause) if cause.is_unavailable() => Failure::unavailable(error),
         StartError::UnknownNode { .. }
         | StartError::Cluster(_)
         | StartError::Device { .. }

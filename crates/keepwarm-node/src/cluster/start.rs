@@ -64,8 +64,23 @@ pub enum JoinError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// The cluster does not take it.
-    #[error("{0}; a majority of the voters must run and reach each other")]
+    #[error(transparent)]
     Register(#[from] RegisterError),
+}
+
+impl JoinError {
+    /// Whether something that the node needs cannot be had: its address, its data folder, or the other nodes. Else
+    /// the configuration is wrong.
+    #[must_use]
+    pub const fn is_unavailable(&self) -> bool {
+        match self {
+            Self::Address { .. } | Self::NoBootstrap(_) | Self::Bootstrap(_) => false,
+            Self::Links { cause, .. } => matches!(cause, QuicError::Bind { .. }),
+            Self::Log(_) => true,
+            Self::Registry(cause) => !matches!(cause, RegistryError::Settings(_)),
+            Self::Register(cause) => !matches!(cause, RegisterError::Refused(_)),
+        }
+    }
 }
 
 /// A node that is registered, and whose shards do not run yet.
@@ -215,5 +230,31 @@ impl RegistryLink for OverLinks {
                 Err(LinkError::Closed(_)) => Err(RegistryLinkError::Lost(to)),
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keepwarm_core::registry::Refused;
+    use keepwarm_registry::ProposeError;
+
+    use super::*;
+
+    #[test]
+    fn others_that_do_not_answer_are_no_fault_of_the_configuration() {
+        let alone = JoinError::from(RegisterError::NoAnswer(ProposeError::Unknown));
+        assert!(alone.is_unavailable() && alone.to_string().contains("a majority of the voters"), "{alone}");
+        let behind = JoinError::from(RegisterError::Behind(Incarnation(3)));
+        assert!(
+            behind.is_unavailable() && behind.to_string().contains("a majority of the voters"),
+            "{behind}"
+        );
+        let twice = JoinError::from(RegisterError::Refused(Refused::Unfit("the name is taken".into())));
+        assert!(!twice.is_unavailable() && !twice.to_string().contains("majority"), "{twice}");
+        let listen = "127.0.0.1:1".parse().unwrap();
+        let taken = QuicError::Bind { address: listen, cause: std::io::ErrorKind::AddrInUse.into() };
+        let links = |cause| JoinError::Links { node: "n1".parse().unwrap(), cause };
+        assert!(links(taken).is_unavailable());
+        assert!(!links(QuicError::Open(listen)).is_unavailable());
     }
 }
