@@ -36,7 +36,7 @@ enum Outcome {
     Planned {
         answered: bool,
     },
-    /// A failure was declared, or certainly was not.
+    /// A failure, or the end of one, was declared, or certainly was not.
     Declared {
         node: NodeName,
         incarnation: Incarnation,
@@ -124,7 +124,7 @@ impl Shared {
         let registry = self.registry.borrow().clone();
         for finding in leading.detector.on(self.now(), DetectorEvent::Tick(&registry)) {
             match finding {
-                Finding::Failed(entry) => self.declare(entry, tasks),
+                Finding::Failed(entry) | Finding::Returned(entry) => self.declare(entry, tasks),
                 Finding::Overdue { node, incarnation } => {
                     self.declare(Entry::GiveUp { node, incarnation, at: wall() }, tasks);
                 }
@@ -157,6 +157,10 @@ impl Shared {
         let (node, incarnation) = match &entry {
             Entry::Down { node, incarnation, observers } => {
                 tracing::warn!(%node, %incarnation, ?observers, "a node has failed");
+                (node.clone(), *incarnation)
+            }
+            Entry::Return { node, incarnation } => {
+                tracing::info!(%node, %incarnation, "a node that was taken for failed returns with last copies");
                 (node.clone(), *incarnation)
             }
             Entry::GiveUp { node, incarnation, .. } => {

@@ -84,6 +84,7 @@ fn entries() -> Vec<Entry> {
         Entry::Spec { version: 3, hash: [1; 32] },
         Entry::Register { registration: registration(1), at: Timestamp(5) },
         Entry::Down { node: name(1), incarnation: Incarnation(4), observers: observers.clone() },
+        Entry::Return { node: name(1), incarnation: Incarnation(4) },
         Entry::GiveUp { node: name(1), incarnation: Incarnation(4), at: Timestamp(6) },
         Entry::Drain { node: name(1), draining: true },
         Entry::Assign(vec![(ShardId(1), vec![name(2), name(1)]), (ShardId(2), vec![name(1)])]),

@@ -112,7 +112,9 @@ impl World {
                 .collect();
             let paused = process.paused;
             let state = self.registry.node(&member.node).expect("it has registered");
-            let given_up = state.incarnation != member.incarnation || state.status == NodeStatus::Down;
+            // Who was taken for failed but is the last copy of something stays, and may return.
+            let down = state.status == NodeStatus::Down && !self.registry.holds(&member.node);
+            let given_up = state.incarnation != member.incarnation || down;
             if given_up && !paused {
                 self.say(|| format!("n{} finds itself given up", node + 1));
                 self.crash(node);
@@ -178,7 +180,11 @@ impl World {
                     observers.push(self.nodes[observer].name.clone());
                 }
             }
+            let heard = observers.is_empty() && awake(self, accused);
             self.accuse(accused, observers);
+            if heard {
+                self.welcome(accused);
+            }
         }
         self.after(DETECT_MS, Happening::Detect);
     }
@@ -192,6 +198,17 @@ impl World {
         }
         let entry = Entry::Down { node: name, incarnation: state.incarnation, observers };
         self.propose(entry, None);
+    }
+
+    /// Proposes that a process that was taken for failed returns, where it has what nobody else has.
+    fn welcome(&mut self, node: usize) {
+        let member = self.nodes[node].member().cloned();
+        let Some(state) = self.registry.node(&self.nodes[node].name) else { return };
+        let same = member.is_some_and(|member| member.incarnation == state.incarnation);
+        if same && state.status == NodeStatus::Down && self.registry.holds(&self.nodes[node].name) {
+            let entry = Entry::Return { node: self.nodes[node].name.clone(), incarnation: state.incarnation };
+            self.propose(entry, None);
+        }
     }
 
     /// A process asks to take part.

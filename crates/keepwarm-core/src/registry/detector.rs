@@ -1,7 +1,8 @@
 //! Whose process has failed, from what several nodes report to the leader.
 //!
-//! Every node reports whom it has not heard for long. The leader's [`Detector`] believes two, or all that could
-//! know; one alone who misses a node that others hear is himself the odd one. It keeps nothing across leaders: who
+//! Every node reports whom it has not heard for long. The leader's [`Detector`] believes two, or in a cluster of two the
+//! other one; one alone who misses a node that others hear is himself the odd one. A process that was taken for failed
+//! and is heard again may return while it has what nobody else has. It keeps nothing across leaders: who
 //! has just been elected waits for one fresh round. It reads no clock and sends nothing: events in, findings out.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,7 +59,7 @@ pub enum DetectorEvent<'a> {
     Report(HealthReport),
     /// Time has passed; the registry as applied now.
     Tick(&'a Registry),
-    /// A [`Finding::Failed`] or [`Finding::Overdue`] was certainly not applied: it may be found again.
+    /// A [`Finding::Failed`], [`Finding::Returned`] or [`Finding::Overdue`] was certainly not applied: it may be found again.
     NotApplied {
         /// The accused.
         node: NodeName,
@@ -72,6 +73,8 @@ pub enum DetectorEvent<'a> {
 pub enum Finding {
     /// A process has failed: propose this [`Entry::Down`].
     Failed(Entry),
+    /// A process that was taken for failed is well, and has last copies: propose this [`Entry::Return`].
+    Returned(Entry),
     /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both. Said once;
     /// [`Detector::isolated`] has it for as long as it stands.
     Isolated {
@@ -99,6 +102,7 @@ pub struct Detector {
     settled: bool,
     reports: BTreeMap<NodeName, (Timestamp, HealthReport)>,
     proposed: BTreeSet<Process>,
+    returned: BTreeSet<Process>,
     isolated: BTreeSet<(Process, Process)>,
     /// Since when this leader knows that they are down.
     down: BTreeMap<Process, Timestamp>,
@@ -114,6 +118,7 @@ impl Detector {
             settled: false,
             reports: BTreeMap::new(),
             proposed: BTreeSet::new(),
+            returned: BTreeSet::new(),
             isolated: BTreeSet::new(),
             down: BTreeMap::new(),
         }
@@ -140,6 +145,7 @@ impl Detector {
                 let process = (node, incarnation);
                 self.down.remove(&process);
                 self.proposed.remove(&process);
+                self.returned.remove(&process);
                 Vec::new()
             }
             DetectorEvent::Tick(registry) => self.conclude(now, registry),
@@ -153,15 +159,14 @@ impl Detector {
             .filter(|node| node.status != NodeStatus::Down)
             .map(|node| (&node.registration.node, node.incarnation))
             .collect();
-        self.forget(&live);
+        self.forget(&live, registry);
         let mut findings = self.overdue(now, registry);
-        let fresh: Vec<&HealthReport> = self
+        let (fresh, of_down): (Vec<_>, Vec<_>) = self
             .reports
             .values()
             .filter(|(at, _)| now.since(*at) <= self.settings.fresh_for)
             .map(|(_, report)| report)
-            .filter(|report| live.get(&report.from) == Some(&report.from_incarnation))
-            .collect();
+            .partition(|report| live.get(&report.from) == Some(&report.from_incarnation));
         // One round: everybody has reported, is missed by somebody who has, or had the time to.
         let spoken_of = |node: &NodeName| {
             fresh.iter().any(|report| {
@@ -172,6 +177,18 @@ impl Detector {
             live.keys().all(|node| spoken_of(node)) || now.since(self.since) >= self.settings.fresh_for;
         if !self.settled {
             return findings;
+        }
+        for report in of_down {
+            let process = (report.from.clone(), report.from_incarnation);
+            let known = registry.node(&process.0).is_some_and(|node| node.incarnation == process.1);
+            // It speaks, and whoever else does hears it.
+            let missed =
+                |other: &&HealthReport| other.unheard.iter().any(|unheard| unheard.node == process.0);
+            let well = !fresh.is_empty() && !fresh.iter().any(missed);
+            if known && well && registry.holds(&process.0) && self.returned.insert(process.clone()) {
+                let (node, incarnation) = process;
+                findings.push(Finding::Returned(Entry::Return { node, incarnation }));
+            }
         }
         let mut accused: BTreeMap<&NodeName, Vec<(&NodeName, Millis)>> = BTreeMap::new();
         for report in &fresh {
@@ -188,8 +205,7 @@ impl Detector {
         }
         for (node, accusers) in accused {
             let incarnation = live[node];
-            let could = live.len() - 1;
-            if accusers.len() >= could.min(2) {
+            if accusers.len() >= registry.observers_needed() {
                 if self.proposed.insert((node.clone(), incarnation)) {
                     let observers = accusers.iter().map(|(name, _)| (*name).clone()).collect();
                     findings.push(Finding::Failed(Entry::Down {
@@ -234,11 +250,16 @@ impl Detector {
     }
 
     /// Drops what was of processes that are no more, and of accusations that were taken back.
-    fn forget(&mut self, live: &BTreeMap<&NodeName, Incarnation>) {
+    fn forget(&mut self, live: &BTreeMap<&NodeName, Incarnation>, registry: &Registry) {
         let present = |(node, incarnation): &Process| live.get(node) == Some(incarnation);
-        self.reports
-            .retain(|name, (_, report)| live.get(name).is_some_and(|now| *now <= report.from_incarnation));
+        self.reports.retain(|name, (_, report)| {
+            registry.node(name).is_some_and(|node| node.incarnation <= report.from_incarnation)
+        });
         self.proposed.retain(present);
+        self.returned.retain(|(node, incarnation)| {
+            !live.contains_key(node)
+                && registry.node(node).is_some_and(|known| known.incarnation == *incarnation)
+        });
         let reports = &self.reports;
         self.isolated.retain(|(accuser, accused)| {
             let stands = |unheard: &Unheard| unheard.node == accused.0 && unheard.incarnation == accused.1;

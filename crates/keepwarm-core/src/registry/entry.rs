@@ -72,6 +72,13 @@ pub enum Entry {
         /// Who saw it.
         observers: Vec<NodeName>,
     },
+    /// An incarnation that was taken for failed is heard again, and is the last copy of some shards: it takes part again.
+    Return {
+        /// Which node.
+        node: NodeName,
+        /// Which process of it.
+        incarnation: Incarnation,
+    },
     /// A failed or last copy is given up by an operator or after `give_up_after`: its shards start anew, as lost.
     GiveUp {
         /// Which node.

@@ -201,6 +201,18 @@ impl Registry {
                 self.mark(place, NodeStatus::Down);
                 self.change_sets_of(place, shards, |set| set.take_out(place));
             }
+            Entry::Return { node, incarnation } => {
+                let place = self.present(node, *incarnation)?;
+                let state = &self.nodes[usize::from(place)];
+                // A process that nothing needs as it is joins anew.
+                if state.status != NodeStatus::Down || !self.holds(node) {
+                    return Err(Refused::unfit(
+                        "only a node that is down and has last copies returns as it is",
+                    ));
+                }
+                let status = if state.drained { NodeStatus::Draining } else { NodeStatus::Up };
+                self.mark(place, status);
+            }
             Entry::GiveUp { node, incarnation, at } => {
                 let place = self.present(node, *incarnation)?;
                 if self.nodes[usize::from(place)].status != NodeStatus::Down {
@@ -264,7 +276,7 @@ impl Registry {
         self.place(name).filter(known).ok_or_else(|| Refused::UnknownNode(name.clone()))
     }
 
-    /// Two have seen it fail, or all that could.
+    /// Two have seen it fail.
     //= GUARANTEES.md#G11
     fn evidence(&self, accused: &NodeName, observers: &[NodeName]) -> Result<(), Refused> {
         let able = |name: &NodeName| {
@@ -273,8 +285,13 @@ impl Registry {
         let mut seen: Vec<_> = observers.iter().filter(|name| able(name)).collect();
         seen.sort_unstable();
         seen.dedup();
-        let could = self.nodes.iter().filter(|node| able(&node.registration.node)).count();
-        if seen.len() >= could.min(2) { Ok(()) } else { Err(Refused::Evidence(accused.clone())) }
+        if seen.len() >= self.observers_needed() { Ok(()) } else { Err(Refused::Evidence(accused.clone())) }
+    }
+
+    /// Nodes that must miss another before that has failed: two, of three or more. That others are down makes one alone
+    /// no better a witness: it may be the one that is cut off, and its word be agreed upon once it is not any more.
+    pub(super) fn observers_needed(&self) -> usize {
+        self.nodes.len().saturating_sub(1).min(2)
     }
 
     fn register(
@@ -393,9 +410,12 @@ impl Registry {
                 if set.learner == NOBODY || set.len() >= REPLICAS_MAX {
                     return Err(Refused::unfit("the set has no learner, or is full"));
                 }
-                // A last copy that has failed is needed no longer.
-                let failed = |place: &Place| self.nodes[usize::from(*place)].status == NodeStatus::Down;
-                let mut members: Vec<_> = set.members().filter(|place| !failed(place)).collect();
+                // It may have bytes that nobody else has: if it still asks, it shall return first.
+                let failed = |place: Place| self.nodes[usize::from(place)].status == NodeStatus::Down;
+                if set.members().any(failed) {
+                    return Err(Refused::unfit("a replica of the set is down"));
+                }
+                let mut members: Vec<_> = set.members().collect();
                 members.push(set.learner);
                 set.put(&members);
                 set.learner = NOBODY;

@@ -1,12 +1,14 @@
 //! The registry's news to the shards, and who hears whom to the registry.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use keepwarm_core::registry::{HealthReport, NodeStatus, Unheard};
 use keepwarm_transport::certificate::TlsPaths;
 use keepwarm_transport::quic::QuicTransport;
 use keepwarm_types::Millis;
+use tokio::time::Instant;
 
 use super::Cluster;
 use crate::handle::Handle;
@@ -21,7 +23,7 @@ const REPORT_EVERY: Duration = Duration::from_millis(50);
 pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
     let mut map = cluster.map.clone();
     let mut told = 0;
-    let mut gone = std::collections::BTreeMap::new();
+    let mut gone = BTreeSet::new();
     loop {
         let registry = map.borrow_and_update().clone();
         for shard in registry.shards_since(told) {
@@ -31,15 +33,17 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
         }
         told = registry.version();
-        // Nobody needs to wait for a process that has failed.
-        for node in registry.nodes().iter().filter(|node| node.status == NodeStatus::Down) {
-            let name = &node.registration.node;
-            if *name != cluster.member().node
-                && gone.insert(name.clone(), node.incarnation) != Some(node.incarnation)
-            {
+        let down = registry.nodes().iter().filter(|node| node.status == NodeStatus::Down);
+        let down: BTreeSet<_> = down.map(|node| (node.registration.node.clone(), node.incarnation)).collect();
+        for (name, incarnation) in down.difference(&gone) {
+            handle
+                .note_failure(None, format!("node '{name}' (incarnation {incarnation}) is taken for failed"));
+            // Nobody needs to wait for a process that has failed.
+            if *name != cluster.member().node {
                 cluster.transport().disconnect(name);
             }
         }
+        gone = down;
         cluster.told.send_replace(Arc::clone(&registry));
         match fate(&cluster, &registry) {
             Fate::GoesOn => {}
@@ -91,7 +95,8 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             if silent < suspect_after {
                 continue;
             }
-            if let Some(state) = map.node(&peer.node).filter(|state| state.status != NodeStatus::Down) {
+            // Of one that is down too: it may be heard again, and it matters by whom.
+            if let Some(state) = map.node(&peer.node) {
                 let ms = Millis(u64::try_from(silent.as_millis()).unwrap_or(u64::MAX));
                 unheard.push(Unheard { node: peer.node, incarnation: state.incarnation, silent: ms });
             }

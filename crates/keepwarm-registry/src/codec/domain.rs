@@ -68,6 +68,10 @@ pub(crate) enum RawEntry {
         generation: u64,
         change: RawChange,
     },
+    Return {
+        node: String,
+        incarnation: u64,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Archive, Serialize, Deserialize)]
@@ -209,6 +213,9 @@ impl From<&Entry> for RawEntry {
             Entry::Down { node, incarnation, observers } => {
                 Self::Down { node: node.to_string(), incarnation: incarnation.0, observers: texts(observers) }
             }
+            Entry::Return { node, incarnation } => {
+                Self::Return { node: node.to_string(), incarnation: incarnation.0 }
+            }
             Entry::GiveUp { node, incarnation, at } => {
                 Self::GiveUp { node: node.to_string(), incarnation: incarnation.0, at: at.0 }
             }
@@ -252,6 +259,9 @@ impl TryFrom<RawEntry> for Entry {
                 incarnation: Incarnation(incarnation),
                 observers: names(&observers)?,
             },
+            RawEntry::Return { node, incarnation } => {
+                Self::Return { node: name(&node)?, incarnation: Incarnation(incarnation) }
+            }
             RawEntry::GiveUp { node, incarnation, at } => {
                 Self::GiveUp { node: name(&node)?, incarnation: Incarnation(incarnation), at: Timestamp(at) }
             }

@@ -1,11 +1,11 @@
 //! Who is declared failed, and who is the odd one.
 
-use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
+use keepwarm_types::{Incarnation, Millis, NodeName, ShardId, Timestamp};
 
 use super::{cluster, down, name, primaries, register, settle};
 use crate::registry::{
-    Change, Detector, DetectorEvent, DetectorSettings, Entry, Finding, HealthReport, Registry, Response,
-    Unheard, plan_apart,
+    Change, Detector, DetectorEvent, DetectorSettings, Entry, Finding, HealthReport, Refused, Registry,
+    Response, Unheard, plan_apart,
 };
 
 const SUSPECT: Millis = Millis(400);
@@ -72,14 +72,59 @@ fn what_was_certainly_not_applied_is_found_again() {
 }
 
 #[test]
-fn one_is_enough_only_where_nobody_else_could_know() {
+fn one_is_never_enough_though_others_are_down() {
     let mut registry = cluster(3, 4, 2);
     let mut detector = detector();
     told(&mut detector, 10, &registry, &[(1, &[(3, SUSPECT)]), (2, &[])]);
     assert_eq!(tick(&mut detector, 400, &registry), [], "the other one hears it");
     down(&mut registry, 2, &[1, 3]);
     told(&mut detector, 410, &registry, &[(1, &[(3, SUSPECT)])]);
-    assert_eq!(tick(&mut detector, 420, &registry), [failed(&registry, 3, &[1])]);
+    assert_eq!(tick(&mut detector, 420, &registry), [], "it may be the one that is cut off");
+    let alone =
+        Entry::Down { node: name(3), incarnation: incarnation(&registry, 3), observers: vec![name(1)] };
+    assert_eq!(registry.apply(&alone).response, Response::Refused(Refused::Evidence(name(3))));
+}
+
+#[test]
+fn of_two_nodes_the_other_one_is_enough() {
+    let registry = cluster(2, 4, 1);
+    let mut detector = detector();
+    told(&mut detector, 10, &registry, &[(1, &[(2, SUSPECT)])]);
+    assert_eq!(tick(&mut detector, 20, &registry), [failed(&registry, 2, &[1])]);
+}
+
+//= GUARANTEES.md#G10
+#[test]
+fn a_last_copy_that_is_heard_again_returns_once() {
+    let mut registry = cluster(3, 1, 1);
+    let set = registry.set(ShardId(0)).unwrap();
+    let number = |node: &NodeName| node.as_str()[1..].parse::<u16>().unwrap();
+    let (gone, last) = (number(&set.replicas[0].node), number(&set.replicas[1].node));
+    let third = 6 - gone - last;
+    down(&mut registry, gone, &[last, third]);
+    register(&mut registry, gone, gone.into());
+    down(&mut registry, last, &[gone, third]);
+    let mut detector = detector();
+    let missed: &[(u16, Millis)] = &[(last, SUSPECT)];
+    told(&mut detector, 10, &registry, &[(gone, missed), (third, missed)]);
+    assert_eq!(tick(&mut detector, 20, &registry), [], "it is still away");
+    told(&mut detector, 30, &registry, &[(gone, missed), (third, &[]), (last, &[])]);
+    assert_eq!(tick(&mut detector, 40, &registry), [], "somebody does not hear it");
+    told(&mut detector, 50, &registry, &[(gone, &[]), (third, &[]), (last, &[])]);
+    let entry = Entry::Return { node: name(last), incarnation: incarnation(&registry, last) };
+    assert_eq!(tick(&mut detector, 60, &registry), [Finding::Returned(entry.clone())]);
+    assert_eq!(tick(&mut detector, 70, &registry), [], "said once");
+    let (node, process) = (name(last), incarnation(&registry, last));
+    detector.on(Timestamp(80), DetectorEvent::NotApplied { node, incarnation: process });
+    assert_eq!(tick(&mut detector, 90, &registry), [Finding::Returned(entry.clone())]);
+    assert_eq!(registry.apply(&entry).response, Response::Done);
+    told(&mut detector, 100, &registry, &[(gone, missed), (third, missed), (last, &[])]);
+    let (first, second) = (gone.min(third), gone.max(third));
+    assert_eq!(
+        tick(&mut detector, 110, &registry),
+        [failed(&registry, last, &[first, second])],
+        "it may fail again"
+    );
 }
 
 #[test]
@@ -167,14 +212,19 @@ fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused
 
 #[test]
 fn a_last_copy_that_is_down_for_too_long_is_given_up_once_and_only_if_that_is_wanted() {
-    let mut registry = cluster(2, 4, 1);
-    down(&mut registry, 1, &[2]);
-    down(&mut registry, 2, &[]);
+    let mut registry = cluster(4, 1, 1);
+    let set = registry.set(ShardId(0)).unwrap();
+    let others: Vec<_> =
+        (1..=4).filter(|n| set.replicas.iter().all(|member| member.node != name(*n))).collect();
+    let last: u16 = set.replicas[1].node.as_str()[1..].parse().unwrap();
+    let first: u16 = set.replicas[0].node.as_str()[1..].parse().unwrap();
+    assert_eq!(down(&mut registry, first, &others), Response::Done);
+    assert_eq!(down(&mut registry, last, &others), Response::Done);
     let settings = DetectorSettings { give_up_after: Some(Millis(60_000)), ..DetectorSettings::default() };
     let mut impatient = Detector::new(settings, Timestamp(0));
     assert_eq!(tick(&mut impatient, 10, &registry), []);
     assert_eq!(tick(&mut impatient, 60_009, &registry), []);
-    let (node, incarnation) = (name(2), incarnation(&registry, 2));
+    let (node, incarnation) = (name(last), incarnation(&registry, last));
     let overdue = Finding::Overdue { node: node.clone(), incarnation };
     let only = [overdue];
     assert_eq!(tick(&mut impatient, 60_010, &registry), only, "the other one has no last copy");

@@ -165,6 +165,7 @@ fn the_last_copy_is_never_taken_on_suspicion_but_may_be_given_up() {
     let others: Vec<_> = (1..=3).filter(|n| name(*n) != set.replicas[0].node).collect();
     let first: u16 = set.replicas[0].node.as_str()[1..].parse().unwrap();
     assert_eq!(down(&mut registry, first, &others), Response::Done);
+    register(&mut registry, first, first.into());
     let n: u16 = last.node.as_str()[1..].parse().unwrap();
     let witness: Vec<_> = (1..=3).filter(|other| *other != n).collect();
     assert_eq!(down(&mut registry, n, &witness), Response::Done);
@@ -176,6 +177,42 @@ fn the_last_copy_is_never_taken_on_suspicion_but_may_be_given_up() {
     assert_eq!((set.replicas.len(), set.lost_at), (0, Some(Timestamp(88))));
     settle(&mut registry, 1);
     assert!(!registry.set(ShardId(0)).unwrap().replicas.is_empty());
+}
+
+/// The other two of three nodes.
+fn others(n: u16) -> Vec<u16> {
+    (1..=3).filter(|other| *other != n).collect()
+}
+
+//= GUARANTEES.md#G10
+#[test]
+fn a_last_copy_that_was_taken_for_failed_returns_before_its_learner_is_promoted() {
+    let mut registry = cluster(3, 1, 1);
+    let set = registry.set(ShardId(0)).unwrap();
+    let number = |member: &Member| member.node.as_str()[1..].parse::<u16>().unwrap();
+    let (gone, last) = (number(&set.replicas[0]), set.replicas[1].clone());
+    assert_eq!(down(&mut registry, gone, &others(gone)), Response::Done);
+    register(&mut registry, gone, gone.into());
+    let generation = |registry: &Registry| registry.set(ShardId(0)).unwrap().generation;
+    let change = |generation, change| Entry::Change { shard: ShardId(0), generation, change };
+    let learn = change(generation(&registry), Change::AddLearner(name(gone)));
+    assert_eq!(registry.apply(&learn).response, Response::Done);
+    let back = Entry::Return { node: last.node.clone(), incarnation: last.incarnation };
+    assert!(matches!(registry.apply(&back).response, Response::Refused(Refused::Unfit(_))), "it is there");
+    assert_eq!(down(&mut registry, number(&last), &others(number(&last))), Response::Done);
+    let promote = change(generation(&registry), Change::Promote);
+    assert!(
+        matches!(registry.apply(&promote).response, Response::Refused(Refused::Unfit(_))),
+        "its bytes may be nowhere else"
+    );
+    assert_eq!(registry.apply(&back).response, Response::Done);
+    assert_eq!(registry.node(&last.node).unwrap().status, NodeStatus::Up);
+    assert_eq!(registry.apply(&promote).response, Response::Done);
+    let set = registry.set(ShardId(0)).unwrap();
+    assert_eq!((set.replicas.len(), &set.replicas[0]), (2, &last), "it stays the owner");
+    // Who has nothing that others need joins anew.
+    assert_eq!(down(&mut registry, number(&last), &others(number(&last))), Response::Done);
+    assert!(matches!(registry.apply(&back).response, Response::Refused(Refused::Unfit(_))));
 }
 
 //= GUARANTEES.md#G11
@@ -291,6 +328,7 @@ enum Op {
     Register(u16, bool),
     Down(u16, Vec<u16>),
     Drain(u16, bool),
+    Return(u16),
     Promote(u32),
     Plan,
     Stale(u32),
@@ -302,6 +340,7 @@ fn op() -> impl Strategy<Value = Op> {
         (node(), any::<bool>()).prop_map(|(n, same)| Op::Register(n, same)),
         (node(), prop::collection::vec(node(), 0..3)).prop_map(|(n, seen)| Op::Down(n, seen)),
         (node(), any::<bool>()).prop_map(|(n, on)| Op::Drain(n, on)),
+        node().prop_map(Op::Return),
         (0u32..8).prop_map(Op::Promote),
         proptest::strategy::Just(Op::Plan),
         (0u32..8).prop_map(Op::Stale),
@@ -329,6 +368,10 @@ proptest! {
                 Op::Down(n, seen) => {
                     let incarnation = registry.node(&name(n)).map_or(Incarnation(0), |node| node.incarnation);
                     entries.push(Entry::Down { node: name(n), incarnation, observers: seen.into_iter().map(name).collect() });
+                }
+                Op::Return(n) => {
+                    let incarnation = registry.node(&name(n)).map_or(Incarnation(0), |node| node.incarnation);
+                    entries.push(Entry::Return { node: name(n), incarnation });
                 }
                 Op::Drain(n, draining) => entries.push(Entry::Drain { node: name(n), draining }),
                 Op::Promote(shard) | Op::Stale(shard) => {
