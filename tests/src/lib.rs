@@ -3,6 +3,7 @@
 
 pub mod chaos;
 pub mod cluster_sim;
+pub mod shells;
 pub mod sim;
 
 use std::path::Path;

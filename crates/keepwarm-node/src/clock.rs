@@ -1,9 +1,10 @@
 //! The shells' clock: wall time that never goes back within a process.
 
 use std::sync::OnceLock;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use keepwarm_types::Timestamp;
+use tokio::time::Instant;
 
 static START: OnceLock<(Instant, u64)> = OnceLock::new();
 

@@ -8,7 +8,7 @@
 //! and was answered. What cannot be sent now is refused at once; nothing waits without a bound.
 //!
 //! - `link`: the trait and what comes in. `stream`, `pipe`: byte streams, and those in memory. `certificate`: making and reading certificates.
-//! - `quic`: endpoint, dialling, connections. `tls`: who is trusted. `socket`: large datagrams.
+//! - `quic`: endpoint, dialling, connections. `tls`: who is trusted. `socket`: large datagrams. `sockets`: whose network.
 
 pub mod certificate;
 mod link;
@@ -16,9 +16,11 @@ pub mod memory;
 mod pipe;
 pub mod quic;
 mod socket;
+mod sockets;
 mod stream;
 mod tls;
 
 pub use keepwarm_wire::Frame;
 pub use link::{Class, Incoming, LinkError, PeerId, PeerStatus, Responder, Transport};
+pub use sockets::{Bind, Datagrams, Sockets};
 pub use stream::{ByteStream, ReadHalf, WriteHalf};

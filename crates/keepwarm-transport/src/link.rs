@@ -1,11 +1,12 @@
 //! What a node needs of its links, and what comes in over them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use keepwarm_types::{Incarnation, NodeName};
 use keepwarm_wire::Frame;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::stream::ByteStream;
 

@@ -1,11 +1,12 @@
-//! `cargo xtask sim`: the simulations of a node and, with `--cluster`, of a cluster, seed by seed.
+//! `cargo xtask sim`: the simulations of a node, of a cluster (`--cluster`) and of whole nodes in a simulated network
+//! (`--shells`), seed by seed.
 #![allow(clippy::print_stdout, reason = "a command-line tool")]
 
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use keepwarm_tests::{cluster_sim, sim};
+use keepwarm_tests::{cluster_sim, shells, sim};
 
 /// Runs the simulated node, or cluster, and says what it promised and broke.
 #[derive(Debug, Parser)]
@@ -20,11 +21,14 @@ struct Args {
     /// Several nodes, instead of one.
     #[arg(long)]
     cluster: bool,
-    /// Crash once after this happening, and let nothing else go wrong; of one node only.
+    /// Whole nodes, with their actors, disks and QUIC links, in a simulated network.
     #[arg(long, conflicts_with = "cluster")]
+    shells: bool,
+    /// Crash once after this happening, and let nothing else go wrong; of one node only.
+    #[arg(long, conflicts_with_all = ["cluster", "shells"])]
     crash_at: Option<u64>,
     /// Plant a bug, by its name.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "shells")]
     bug: Option<String>,
     /// Print all that happens.
     #[arg(long)]
@@ -47,6 +51,10 @@ fn run(args: &Args, seed: u64) -> Result<(u64, u64), String> {
         let ran = cluster_sim::run(&cluster_sim::Options { seed, bug, verbose, traced: false })?;
         return Ok((ran.steps, ran.virtual_ms));
     }
+    if args.shells {
+        let ran = shells::run(shells::Options { seed, verbose })?;
+        return Ok((ran.counts.acknowledged, ran.virtual_ms));
+    }
     let bug = named(args.bug.as_deref(), &sim::Bug::ALL)?;
     let ran = sim::run(&sim::Options { seed, crash_at: args.crash_at, bug, verbose })?;
     Ok((ran.steps, ran.virtual_ms))
@@ -54,6 +62,11 @@ fn run(args: &Args, seed: u64) -> Result<(u64, u64), String> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.shells && args.verbose {
+        // What the nodes log, each line with the node's address.
+        let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| "info,openraft=error".to_owned());
+        tracing_subscriber::fmt().with_env_filter(wanted).with_ansi(false).init();
+    }
     let begun = Instant::now();
     let (mut steps, mut virtual_ms) = (0, 0);
     for seed in args.seed..args.seed.saturating_add(args.seeds) {
@@ -70,8 +83,9 @@ fn main() -> ExitCode {
     }
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{} seeds, {steps} happenings, no promise broken: {:.0} seeds a minute, {:.0} virtual seconds a second",
+        "{} seeds, {steps} {}, no promise broken: {:.0} seeds a minute, {:.0} virtual seconds a second",
         args.seeds,
+        if args.shells { "acknowledged writes" } else { "happenings" },
         args.seeds as f64 / seconds * 60.0,
         virtual_ms as f64 / 1000.0 / seconds
     );

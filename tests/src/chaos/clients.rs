@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use keepwarm_client::{
-    Client, ClientError, Etag, Form, Layout, NewSession, PartBody, PartLayout, State, WriteOptions, Written,
+    Client, ClientError, Etag, Form, Layout, NewSession, PartBody, PartLayout, Session, State, WriteOptions,
+    Written,
 };
 use keepwarm_types::{Durability, Revision};
 use rand::RngExt;
@@ -34,41 +35,137 @@ const PART_CELLS_MAX: u64 = 10 * BLOCK / CELL as u64;
 /// Sendings of a write whose outcome is unclear, with its write id, before its writer looks instead.
 const SENDINGS_MAX: u32 = 3;
 
-/// What all clients share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) history: History,
-    /// Names and clients of all nodes.
-    pub(super) nodes: Vec<(String, Client)>,
-    pub(super) stop: AtomicBool,
-    /// Acknowledged writes of each session.
-    pub(super) progress: Mutex<BTreeMap<Uuid, u64>>,
+/// A node as its clients see it.
+pub(crate) trait Asked {
+    fn name(&self) -> &str;
+
+    /// Makes a session.
+    async fn create(&self, new: &NewSession) -> Result<(Uuid, Etag), String>;
+
+    /// The part's bytes, with the revision that they are of.
+    async fn part(&self, session: Uuid, part: &str) -> Result<(Etag, Vec<u8>), Failed>;
+
+    async fn session(&self, session: Uuid) -> Result<Session, Failed>;
+
+    /// Continues the part where an offset is given, else replaces it.
+    async fn write(
+        &self,
+        session: Uuid,
+        part: &str,
+        at: Option<u64>,
+        bytes: Vec<u8>,
+        options: &WriteOptions,
+    ) -> Result<Written, Failed>;
 }
 
-impl Shared {
-    /// Clients for nodes by name and address.
-    pub(super) fn new(nodes: &[(String, String)]) -> Result<Self, String> {
-        let client = |(name, url): &(String, String)| {
-            let client = Client::builder(url).deadline(PATIENCE).no_retries().build();
-            client.map(|client| (name.clone(), client)).map_err(|error| error.to_string())
-        };
-        Ok(Self {
-            history: History::default(),
-            nodes: nodes.iter().map(client).collect::<Result<_, _>>()?,
-            stop: AtomicBool::new(false),
-            progress: Mutex::default(),
+/// Why a call did not give what it was for.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// The node said no.
+    Refused { status: u16, code: String, cold_reason: String, text: String },
+    /// It was never sent.
+    NotSent(String),
+    /// Nobody answered.
+    Unclear(String),
+    /// The answer is none.
+    Strange(String),
+}
+
+impl From<ClientError> for Failed {
+    fn from(error: ClientError) -> Self {
+        let text = error.to_string();
+        match error {
+            ClientError::Refused(problem) => Self::Refused {
+                status: problem.status,
+                cold_reason: problem.text("cold_reason").unwrap_or_default().to_owned(),
+                code: problem.code,
+                text,
+            },
+            ClientError::Transport { cause, .. } if cause.is_connect() => Self::NotSent(text),
+            ClientError::Transport { .. } | ClientError::Deadline { .. } | ClientError::Stalled { .. } => {
+                Self::Unclear(text)
+            }
+            _ => Self::Strange(text),
+        }
+    }
+}
+
+/// A node process, over HTTP.
+#[derive(Debug)]
+pub(super) struct Process {
+    name: String,
+    pub(super) client: Client,
+}
+
+impl Process {
+    pub(super) fn new(name: &str, url: &str) -> Result<Self, String> {
+        let client = Client::builder(url).deadline(PATIENCE).no_retries().build();
+        let client = client.map_err(|error| error.to_string())?;
+        Ok(Self { name: name.to_owned(), client })
+    }
+}
+
+impl Asked for Process {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn create(&self, new: &NewSession) -> Result<(Uuid, Etag), String> {
+        let made = self.client.create(new).await.map_err(|error| error.to_string())?;
+        let etag = made.etag().ok_or_else(|| format!("birth '{}' is none", made.birth))?;
+        Ok((made.id, etag))
+    }
+
+    async fn part(&self, session: Uuid, part: &str) -> Result<(Etag, Vec<u8>), Failed> {
+        let reader = self.client.part(session, part).await?;
+        let etag = reader.etag().ok_or_else(|| Failed::Strange("a part without its revision".to_owned()))?;
+        Ok((etag, reader.bytes().await?.to_vec()))
+    }
+
+    async fn session(&self, session: Uuid) -> Result<Session, Failed> {
+        Ok(self.client.session(session).await?)
+    }
+
+    async fn write(
+        &self,
+        session: Uuid,
+        part: &str,
+        at: Option<u64>,
+        bytes: Vec<u8>,
+        options: &WriteOptions,
+    ) -> Result<Written, Failed> {
+        let body = PartBody::from(bytes);
+        Ok(match at {
+            Some(offset) => self.client.append_part(session, part, offset, body, options).await?,
+            None => self.client.put_part(session, part, body, options).await?,
         })
+    }
+}
+
+/// What all clients share.
+#[derive(Debug)]
+pub(crate) struct Shared<N> {
+    pub(crate) history: History,
+    pub(crate) nodes: Vec<N>,
+    pub(crate) stop: AtomicBool,
+    /// Acknowledged writes of each session.
+    pub(crate) progress: Mutex<BTreeMap<Uuid, u64>>,
+}
+
+impl<N: Asked> Shared<N> {
+    pub(crate) fn new(nodes: Vec<N>, history: History) -> Self {
+        Self { history, nodes, stop: AtomicBool::new(false), progress: Mutex::default() }
     }
 
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 
-    pub(super) fn note(&self, client: &str, node: usize, session: Uuid, op: Op, asked: Asked) {
+    fn note(&self, client: &str, node: usize, session: Uuid, op: Op, asked: Asking) {
         let (begin, outcome) = asked;
         self.history.add(Record {
             client: client.to_owned(),
-            node: self.nodes[node].0.clone(),
+            node: self.nodes[node].name().to_owned(),
             session,
             op,
             begin,
@@ -78,23 +175,17 @@ impl Shared {
     }
 
     /// Asks a node for a session's bytes.
-    pub(super) async fn read(&self, client: &str, node: usize, session: Uuid) -> bool {
+    pub(crate) async fn read(&self, client: &str, node: usize, session: Uuid) -> bool {
         let begin = self.history.now();
-        let asked = async {
-            let reader = self.nodes[node].1.part(session, PART).await?;
-            let etag = reader.etag();
-            Ok((etag, reader.bytes().await?))
-        };
-        let outcome = match timeout(PATIENCE, asked).await {
-            Ok(Ok((Some(etag), bytes))) => match read(session, &bytes) {
+        let outcome = match timeout(PATIENCE, self.nodes[node].part(session, PART)).await {
+            Ok(Ok((etag, bytes))) => match read(session, &bytes) {
                 Ok(runs) => Outcome::Bytes { revision: etag.revision.0, runs },
                 Err(reason) => Outcome::Broken(format!(
                     "revision {} has bytes that nobody wrote: {reason}",
                     etag.revision
                 )),
             },
-            Ok(Ok((None, _))) => Outcome::Broken("a part without its revision".to_owned()),
-            Ok(Err(error)) => unread(&error),
+            Ok(Err(failed)) => unread(failed),
             Err(_) => Outcome::Unknown(format!("no answer within {PATIENCE:?}")),
         };
         let answered = matches!(outcome, Outcome::Bytes { .. } | Outcome::Cold(_) | Outcome::Missing(_));
@@ -103,9 +194,9 @@ impl Shared {
     }
 
     /// Asks a node for a session's state: revision, cells, and whether it is cold.
-    pub(super) async fn look(&self, client: &str, node: usize, session: Uuid) -> Option<(u64, u64, bool)> {
+    pub(crate) async fn look(&self, client: &str, node: usize, session: Uuid) -> Option<(u64, u64, bool)> {
         let begin = self.history.now();
-        let (outcome, seen) = match self.nodes[node].1.session(session).await {
+        let (outcome, seen) = match self.nodes[node].session(session).await {
             Ok(found) => {
                 let reason = || found.cold_reason.map_or_else(String::new, |reason| reason.word().to_owned());
                 let cold = (found.state == State::Cold).then(reason);
@@ -113,7 +204,7 @@ impl Shared {
                 let (revision, is_cold) = (found.revision, cold.is_some());
                 (Outcome::Seen { revision, cold }, Some((revision, cells, is_cold)))
             }
-            Err(error) => (unread(&error), None),
+            Err(failed) => (unread(failed), None),
         };
         self.note(client, node, session, Op::Look, (begin, outcome));
         seen
@@ -121,52 +212,44 @@ impl Shared {
 }
 
 /// When a call began, and what came of it.
-type Asked = (Duration, Outcome);
+type Asking = (Duration, Outcome);
 
-/// What an error says about a read.
-fn unread(error: &ClientError) -> Outcome {
-    match error {
-        ClientError::Refused(problem) => match (problem.status, problem.code.as_str()) {
-            (410, "cold") => Outcome::Cold(problem.text("cold_reason").unwrap_or_default().to_owned()),
+/// What a failure says about a read.
+fn unread(failed: Failed) -> Outcome {
+    match failed {
+        Failed::Refused { status, code, cold_reason, text } => match (status, code.as_str()) {
+            (410, "cold") => Outcome::Cold(cold_reason),
             // None of the sessions ever ends.
-            (404 | 410, _) => Outcome::Missing(problem.to_string()),
-            (429 | 503 | 504, _) => Outcome::Unknown(problem.to_string()),
-            _ => Outcome::Broken(problem.to_string()),
+            (404 | 410, _) => Outcome::Missing(text),
+            (429 | 503 | 504, _) => Outcome::Unknown(text),
+            _ => Outcome::Broken(text),
         },
-        ClientError::Transport { .. } | ClientError::Deadline { .. } | ClientError::Stalled { .. } => {
-            Outcome::Unknown(error.to_string())
-        }
-        _ => Outcome::Broken(error.to_string()),
+        Failed::NotSent(text) | Failed::Unclear(text) => Outcome::Unknown(text),
+        Failed::Strange(text) => Outcome::Broken(text),
     }
 }
 
-const fn no(why: String) -> Outcome {
-    Outcome::No { stale: false, why }
-}
-
-/// What an error says about a write.
-fn unwritten(error: &ClientError) -> Outcome {
-    match error {
-        ClientError::Refused(problem) => match (problem.status, problem.code.as_str()) {
-            (504, _) => Outcome::Unknown(problem.to_string()),
-            (409, "offset_mismatch") | (412, _) => Outcome::No { stale: true, why: problem.to_string() },
-            (409 | 429 | 503 | 507, _) | (410, "cold") => no(problem.to_string()),
-            (404 | 410, _) => Outcome::Missing(problem.to_string()),
-            _ => Outcome::Broken(problem.to_string()),
+/// What a failure says about a write.
+fn unwritten(failed: Failed) -> Outcome {
+    let no = |why| Outcome::No { stale: false, why };
+    match failed {
+        Failed::Refused { status, code, text, .. } => match (status, code.as_str()) {
+            (504, _) => Outcome::Unknown(text),
+            (409, "offset_mismatch") | (412, _) => Outcome::No { stale: true, why: text },
+            (409 | 429 | 503 | 507, _) | (410, "cold") => no(text),
+            (404 | 410, _) => Outcome::Missing(text),
+            _ => Outcome::Broken(text),
         },
-        // It was never sent.
-        ClientError::Transport { cause, .. } if cause.is_connect() => no(error.to_string()),
-        ClientError::Transport { .. } | ClientError::Deadline { .. } | ClientError::Stalled { .. } => {
-            Outcome::Unknown(error.to_string())
-        }
-        _ => Outcome::Broken(error.to_string()),
+        Failed::NotSent(text) => no(text),
+        Failed::Unclear(text) => Outcome::Unknown(text),
+        Failed::Strange(text) => Outcome::Broken(text),
     }
 }
 
 /// Writes one session, revision after revision.
-pub(super) struct Writer<'s> {
+pub(crate) struct Writer<'s, N> {
     name: String,
-    shared: &'s Shared,
+    shared: &'s Shared<N>,
     session: Uuid,
     etag: Etag,
     cells: u64,
@@ -176,28 +259,27 @@ pub(super) struct Writer<'s> {
     rng: ChaCha8Rng,
 }
 
-impl<'s> Writer<'s> {
+impl<'s, N: Asked> Writer<'s, N> {
     /// Makes a session, before anything goes wrong.
-    pub(super) async fn new(shared: &'s Shared, number: usize, rng: ChaCha8Rng) -> Result<Self, String> {
+    pub(crate) async fn new(shared: &'s Shared<N>, number: usize, rng: ChaCha8Rng) -> Result<Self, String> {
         let part = PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: Some(BLOCK) } };
         let layout = Layout { model: "m".to_owned(), fingerprint: "f".to_owned(), parts: vec![part] };
-        let node = &shared.nodes[number % shared.nodes.len()].1;
-        let made = node.create(&NewSession::new(layout)).await.map_err(|error| error.to_string())?;
-        let etag = made.etag().ok_or_else(|| format!("birth '{}' is none", made.birth))?;
+        let node = &shared.nodes[number % shared.nodes.len()];
+        let (session, etag) = node.create(&NewSession::new(layout)).await?;
         let name = format!("writer {number}");
-        let mut writer = Self { name, shared, session: made.id, etag, cells: 0, cold: true, next: 1, rng };
-        shared.progress.lock().unwrap().insert(made.id, 0);
+        let mut writer = Self { name, shared, session, etag, cells: 0, cold: true, next: 1, rng };
+        shared.progress.lock().unwrap().insert(session, 0);
         while writer.cells == 0 {
             writer.write().await;
         }
         Ok(writer)
     }
 
-    pub(super) const fn session(&self) -> Uuid {
+    pub(crate) const fn session(&self) -> Uuid {
         self.session
     }
 
-    pub(super) async fn run(mut self) {
+    pub(crate) async fn run(mut self) {
         while !self.shared.stopped() {
             self.write().await;
         }
@@ -234,21 +316,18 @@ impl<'s> Writer<'s> {
 
     async fn send(&mut self, op: &Op, run: Run, options: &WriteOptions) -> Outcome {
         let node = self.rng.random_range(0..self.shared.nodes.len());
-        let client = &self.shared.nodes[node].1;
-        let body = PartBody::from(written(self.session, run));
+        let asked = &self.shared.nodes[node];
+        let at = matches!(op, Op::Append { .. }).then_some(self.cells * CELL as u64);
         let begin = self.shared.history.now();
-        let answer = match op {
-            Op::Put { .. } => client.put_part(self.session, PART, body, options).await,
-            _ => client.append_part(self.session, PART, self.cells * CELL as u64, body, options).await,
-        };
-        let outcome = match answer {
+        let bytes = written(self.session, run);
+        let outcome = match asked.write(self.session, PART, at, bytes, options).await {
             Ok(Written::Committed { revision, holders, durability, .. }) => {
                 Outcome::Written { revision, holders, full: durability == Durability::Full }
             }
             Ok(Written::Staged { .. }) => {
                 Outcome::Broken("a write without a transaction was staged".to_owned())
             }
-            Err(error) => unwritten(&error),
+            Err(failed) => unwritten(failed),
         };
         self.shared.note(&self.name, node, self.session, op.clone(), (begin, outcome.clone()));
         outcome
@@ -268,7 +347,12 @@ impl<'s> Writer<'s> {
 }
 
 /// Reads sessions through every node.
-pub(super) async fn reader(shared: &Shared, number: usize, sessions: &[Uuid], mut rng: ChaCha8Rng) {
+pub(crate) async fn reader<N: Asked>(
+    shared: &Shared<N>,
+    number: usize,
+    sessions: &[Uuid],
+    mut rng: ChaCha8Rng,
+) {
     let name = format!("reader {number}");
     while !shared.stopped() {
         let session = sessions[rng.random_range(0..sessions.len())];

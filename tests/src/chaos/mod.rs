@@ -2,7 +2,7 @@
 //! history of all calls must keep the promises of GUARANTEES.md.
 
 pub mod checker;
-mod clients;
+pub(crate) mod clients;
 pub mod cluster;
 pub mod content;
 pub mod history;
@@ -13,19 +13,20 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rustix::process::Signal;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 
 use checker::{Promise, Violation};
-use clients::{Shared, Writer, reader};
+use clients::{Asked, Process, Shared, Writer, reader};
 use cluster::Cluster;
+use history::History;
 use report::{FaultReport, Report, longest, millis};
 
 /// Nodes of the cluster.
@@ -149,7 +150,7 @@ impl Options {
 
 struct Run<'s> {
     cluster: Cluster,
-    shared: &'s Shared,
+    shared: &'s Shared<Process>,
     rng: ChaCha8Rng,
     faults: Vec<FaultReport>,
 }
@@ -162,8 +163,8 @@ pub async fn run(options: &Options) -> Result<Report, String> {
     let kept = tempfile::Builder::new().prefix("keepwarm-chaos-").tempdir();
     let kept = kept.map_err(|error| format!("no temporary folder: {error}"))?;
     let cluster = Cluster::start(&options.program, kept.path(), NODES).await?;
-    let addresses: Vec<_> = cluster.nodes.iter().map(|node| (node.name.clone(), node.url.clone())).collect();
-    let shared = Shared::new(&addresses)?;
+    let nodes = cluster.nodes.iter().map(|node| Process::new(&node.name, &node.url));
+    let shared = Shared::new(nodes.collect::<Result<_, _>>()?, History::default());
     let mut run =
         Run { cluster, shared: &shared, rng: ChaCha8Rng::seed_from_u64(options.seed), faults: Vec::new() };
     let stood = run.play(options).await.err();
@@ -199,7 +200,7 @@ pub async fn run(options: &Options) -> Result<Report, String> {
 }
 
 /// Writes what is needed to understand a failure beside the logs.
-fn keep(folder: &Path, shared: &Shared, report: &Report) -> std::io::Result<()> {
+fn keep(folder: &Path, shared: &Shared<Process>, report: &Report) -> std::io::Result<()> {
     let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("history.jsonl"))?);
     shared
         .history
@@ -390,11 +391,12 @@ impl Run<'_> {
 
     /// Waits until no shard has this node as its primary.
     async fn taken_over(&self, node: usize) -> Result<(), String> {
-        let (name, _) = &self.shared.nodes[node];
-        let (_, other) = &self.shared.nodes[(node + 1) % self.shared.nodes.len()];
+        let name = self.shared.nodes[node].name();
+        let other = &self.shared.nodes[(node + 1) % self.shared.nodes.len()].client;
         let gone = async || {
             let shards = other.shards().await;
-            let owned = |shard: &keepwarm_client::Shard| shard.replicas.first() == Some(name);
+            let owned =
+                |shard: &keepwarm_client::Shard| shard.replicas.first().is_some_and(|first| first == name);
             shards.is_ok_and(|shards| !shards.is_empty() && !shards.iter().any(owned))
         };
         self.until(gone, || format!("nobody took over from {name}")).await
@@ -406,8 +408,9 @@ impl Run<'_> {
         let begun = Instant::now();
         while begun.elapsed() < DEADLINE {
             let mut well = true;
-            for (name, client) in &self.shared.nodes {
-                match client.cluster().await {
+            for node in &self.shared.nodes {
+                let name = node.name();
+                match node.client.cluster().await {
                     Ok(cluster)
                         if cluster.nodes.len() == self.shared.nodes.len()
                             && cluster
@@ -443,10 +446,11 @@ impl Run<'_> {
 }
 
 /// After all faults, every session and its bytes are asked for through every node.
-async fn last_look(shared: &Shared, sessions: &[Uuid]) -> Result<(), String> {
+pub(crate) async fn last_look<N: Asked>(shared: &Shared<N>, sessions: &[Uuid]) -> Result<(), String> {
     const CLIENT: &str = "last look";
     for session in sessions {
-        for (node, (name, _)) in shared.nodes.iter().enumerate() {
+        for (node, asked) in shared.nodes.iter().enumerate() {
+            let name = asked.name();
             let begun = Instant::now();
             let answered = async || {
                 shared.look(CLIENT, node, *session).await.is_some()
@@ -466,7 +470,7 @@ async fn last_look(shared: &Shared, sessions: &[Uuid]) -> Result<(), String> {
 }
 
 /// A line now and then, for whoever waits.
-async fn tell_progress(shared: &Shared) {
+async fn tell_progress(shared: &Shared<Process>) {
     loop {
         sleep(PROGRESS_EVERY).await;
         let counts = shared.history.counts();

@@ -65,7 +65,7 @@ impl Cluster {
         };
         let done = timeout(BATCH_DEADLINE, work).await.unwrap_or(Err(CopyFailed::Unreachable));
         if done.is_ok()
-            && let Some(handle) = self.handle.get()
+            && let Some(handle) = self.node()
         {
             let bytes: u64 = blocks.iter().map(|block| block.length() as u64).sum();
             handle.metrics().moved("pinned", "peer", Bytes(bytes));
@@ -82,7 +82,7 @@ impl Cluster {
         birth: Birth,
         blocks: Vec<BlockRef>,
     ) -> Result<Vec<Block>, CopyFailed> {
-        let Some(handle) = self.handle.get() else { return Err(CopyFailed::Unreachable) };
+        let Some(handle) = self.node() else { return Err(CopyFailed::Unreachable) };
         let owner = Owner { tenant: key.tenant.clone(), birth };
         let work = async {
             let room = handle.reserve_pinned(&owner, Pool::Restore, sizes(&blocks)).await;

@@ -55,7 +55,7 @@ pub(super) async fn run(
 
 /// What the node's replicas did not answer is sent to it again.
 fn linked(cluster: &Cluster, node: &NodeName) {
-    let (Some(handle), map) = (cluster.handle.get(), cluster.map()) else { return };
+    let (Some(handle), map) = (cluster.node(), cluster.map()) else { return };
     let Some(state) = map.node(node) else { return };
     let member = Member { node: node.clone(), incarnation: state.incarnation };
     for shard in handle.links().shards() {
@@ -66,7 +66,7 @@ fn linked(cluster: &Cluster, node: &NodeName) {
 /// A message between replicas: its place is waited for, so that a fast peer fills its link, not a mailbox.
 //= GUARANTEES.md#G8
 async fn said(cluster: &Cluster, peer: &PeerId, frame: &Frame) {
-    let Some(handle) = cluster.handle.get() else { return };
+    let Some(handle) = cluster.node() else { return };
     let envelope = match keepwarm_wire::envelope::decode(frame, &cluster.layouts) {
         Ok(envelope) => envelope,
         Err(error) => {
@@ -85,7 +85,7 @@ async fn said(cluster: &Cluster, peer: &PeerId, frame: &Frame) {
 }
 
 fn opened(cluster: &Arc<Cluster>, from: &PeerId, header: &Frame, stream: keepwarm_transport::ByteStream) {
-    let Some(handle) = cluster.handle.get() else { return };
+    let Some(handle) = cluster.node() else { return };
     match header.kind {
         kinds::BLOCKS_HEADER => match BlocksHeader::decode(header) {
             Ok(header) => drop(tokio::spawn(blocks::serve(handle.clone(), header, stream))),

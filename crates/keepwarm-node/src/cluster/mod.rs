@@ -24,7 +24,7 @@ use keepwarm_wire::LayoutCache;
 use tokio::sync::{mpsc, watch as tokio_watch};
 use tokio::task::AbortHandle;
 
-use crate::handle::Handle;
+use crate::handle::{Handle, WeakHandle};
 pub use relay::{IncomingRelay, RelayStream, RelayedCaller};
 pub use start::JoinError;
 pub(crate) use start::join;
@@ -39,8 +39,8 @@ pub(crate) struct Cluster {
     /// The registry that the shards have been told of: a request that follows it finds them there.
     told: tokio_watch::Sender<Arc<Registry>>,
     layouts: LayoutCache,
-    /// The node's actors, once they run.
-    handle: OnceLock<Handle>,
+    /// The node's actors, once they run; they own this, so it must not own them.
+    handle: OnceLock<WeakHandle>,
     relays: mpsc::Sender<IncomingRelay>,
     tasks: std::sync::Mutex<Vec<AbortHandle>>,
 }
@@ -52,6 +52,11 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
+    /// The node's actors, while they run.
+    fn node(&self) -> Option<Handle> {
+        self.handle.get().and_then(WeakHandle::upgrade)
+    }
+
     /// This process.
     pub(crate) const fn member(&self) -> &Member {
         &self.member

@@ -15,8 +15,8 @@ use keepwarm_registry::{
     StartError as RegistryError, Timers,
 };
 use keepwarm_transport::certificate::TlsPaths;
-use keepwarm_transport::quic::{QuicError, QuicSettings, QuicTransport, TlsMaterial};
-use keepwarm_transport::{Class, Frame, LinkError, PeerId, Transport};
+use keepwarm_transport::quic::{PathKind, QuicError, QuicSettings, QuicTransport, TlsMaterial};
+use keepwarm_transport::{Class, Frame, LinkError, PeerId, Sockets, Transport};
 use keepwarm_types::{Incarnation, Millis, NodeName};
 use keepwarm_wire::{LayoutCache, kinds};
 use tokio::sync::{mpsc, watch as tokio_watch};
@@ -96,6 +96,7 @@ pub(crate) async fn join(
     node: &NodeConfig,
     catalog: &Catalog,
     recovered: &Recovered,
+    sockets: &Sockets,
 ) -> Result<Joined, JoinError> {
     let bootstrap = BootstrapFile::of(config)?
         .ok_or_else(|| JoinError::NoBootstrap(config.path_of(BootstrapFile::FILE)))?;
@@ -110,7 +111,7 @@ pub(crate) async fn join(
     // Links tell starts apart before the registry has given this one its number: by when they began.
     let local = PeerId { node: node.name.clone(), incarnation: Incarnation(now().0) };
     let settings = QuicSettings { local, cluster: config.name.clone(), cluster_id, listen, tls };
-    let started = QuicTransport::start(settings);
+    let started = QuicTransport::start_over(settings, PathKind::Auto, sockets);
     let (transport, incoming) =
         started.map_err(|cause| JoinError::Links { node: node.name.clone(), cause })?;
     let links: Arc<dyn Transport> = Arc::clone(&transport) as _;
@@ -166,7 +167,7 @@ impl Joined {
     /// The node's actors run: shards may learn their sets, peers may speak to them.
     pub(crate) fn begin(self, handle: &Handle) -> mpsc::Receiver<IncomingRelay> {
         let Self { cluster, relays, suspect_after } = self;
-        let _ = cluster.handle.set(handle.clone());
+        let _ = cluster.handle.set(handle.downgrade());
         let follow = tokio::spawn(watch::follow(Arc::clone(&cluster), handle.clone()));
         let report = tokio::spawn(watch::report(Arc::clone(&cluster), suspect_after));
         let mut tasks = cluster.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use keepwarm_catalog::Catalog;
@@ -109,6 +109,15 @@ pub struct Handle {
     inner: Arc<Inner>,
 }
 
+/// A handle that keeps nothing of the node alive.
+pub(crate) struct WeakHandle(Weak<Inner>);
+
+impl WeakHandle {
+    pub(crate) fn upgrade(&self) -> Option<Handle> {
+        self.0.upgrade().map(|inner| Handle { inner })
+    }
+}
+
 impl fmt::Debug for Handle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Handle({})", self.inner.name)
@@ -118,6 +127,10 @@ impl fmt::Debug for Handle {
 impl Handle {
     pub(crate) fn new(inner: Inner) -> Self {
         Self { inner: Arc::new(inner) }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakHandle {
+        WeakHandle(Arc::downgrade(&self.inner))
     }
 
     pub(crate) fn inner(&self) -> &Inner {

@@ -14,7 +14,7 @@ mod view;
 
 pub use cluster::Whereabouts;
 pub use inner::Handle;
-pub(crate) use inner::{Inner, InnerParts};
+pub(crate) use inner::{Inner, InnerParts, WeakHandle};
 pub use request::{
     ActivateRequest, BodyDigest, CreateRequest, ForkRequest, Selection, TurnPart, TurnRequest, WriteRequest,
 };

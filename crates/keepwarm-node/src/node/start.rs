@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use keepwarm_catalog::{Catalog, CatalogSettings, OpenError, Sync};
 use keepwarm_config::{Config, DeviceKind, SyncMode};
@@ -10,10 +10,12 @@ use keepwarm_core::registry::Member;
 use keepwarm_memory::{
     Arena, ArenaSettings, Device, FaultPlan, HostDevice, ReserveError, number_instances_for,
 };
+use keepwarm_transport::Sockets;
 use keepwarm_types::NodeName;
 use ractor::{Actor, ActorRef};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::actor::{NodeActor, NodeArgs};
 use crate::clock::now;
@@ -100,6 +102,14 @@ impl Node {
     /// # Errors
     /// [`StartError`]: each names the key that is wrong and what to do.
     pub async fn start(config: Config, name: &NodeName) -> Result<Self, StartError> {
+        Self::start_over(config, name, &Sockets::default()).await
+    }
+
+    /// [`Node::start`] with its links in a network that need not be the system's.
+    ///
+    /// # Errors
+    /// [`StartError`]: each names the key that is wrong and what to do.
+    pub async fn start_over(config: Config, name: &NodeName, sockets: &Sockets) -> Result<Self, StartError> {
         let known = || config.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>().join(", ");
         let node = config
             .node(name)
@@ -135,8 +145,11 @@ impl Node {
             None => Catalog::ephemeral(&settings)?,
         };
         let (fail, failed) = watch::channel(None);
-        let joined =
-            if config.is_cluster() { Some(join(&config, &node, &catalog, &recovered).await?) } else { None };
+        let joined = if config.is_cluster() {
+            Some(join(&config, &node, &catalog, &recovered, sockets).await?)
+        } else {
+            None
+        };
         let alone = || Member { node: name.clone(), incarnation: recovered.incarnation };
         let member = joined.as_ref().map_or_else(alone, |joined| joined.cluster.member().clone());
         number_instances_for(member.incarnation);

@@ -8,6 +8,7 @@ use quinn::{Connection, Endpoint, EndpointConfig, TokioRuntime, TransportConfig,
 
 use super::{QuicError, QuicSettings};
 use crate::socket::{Capped, FOUND_DATAGRAM_MAX, JUMBO_DATAGRAM, LOOPBACK_DATAGRAM, SAFE_DATAGRAM};
+use crate::sockets::Sockets;
 use crate::tls::TlsStore;
 
 /// Streams that a peer may have open at once: its calls, batches of blocks and relayed requests.
@@ -73,6 +74,7 @@ fn failed(error: impl std::fmt::Display) -> QuicError {
 pub(crate) fn bind(
     settings: &QuicSettings,
     path: PathKind,
+    sockets: &Sockets,
     tls: &Arc<TlsStore>,
 ) -> Result<Endpoint, QuicError> {
     let listen = settings.listen;
@@ -81,9 +83,7 @@ pub(crate) fn bind(
     }
     let path = path.of(listen);
     let cannot = |cause| QuicError::Bind { address: listen, cause };
-    let socket = std::net::UdpSocket::bind(listen).map_err(cannot)?;
-    let runtime = Arc::new(TokioRuntime);
-    let socket = quinn::Runtime::wrap_udp_socket(&*runtime, socket).map_err(cannot)?;
+    let socket = sockets.bind(listen).map_err(cannot)?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(path.datagram()).map_err(failed)?;
     let server = tls.server().map_err(failed)?;
@@ -91,7 +91,7 @@ pub(crate) fn bind(
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
     server.transport_config(Arc::new(transport(path)));
     let capped = Capped::over(socket, path.datagram());
-    Endpoint::new_with_abstract_socket(config, Some(server), capped, runtime).map_err(cannot)
+    Endpoint::new_with_abstract_socket(config, Some(server), capped, Arc::new(TokioRuntime)).map_err(cannot)
 }
 
 /// How to dial.

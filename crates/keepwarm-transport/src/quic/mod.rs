@@ -21,6 +21,7 @@ use tokio::task::AbortHandle;
 
 use crate::certificate::CertificateError;
 use crate::link::{Class, Incoming, LinkError, PeerId, PeerStatus, Transport, closed};
+use crate::sockets::Sockets;
 use crate::stream::{ByteStream, Counts, Kept};
 pub use crate::tls::{TlsMaterial, TlsStore};
 pub use endpoint::PathKind;
@@ -164,8 +165,20 @@ impl QuicTransport {
         settings: QuicSettings,
         path: PathKind,
     ) -> Result<(Arc<Self>, mpsc::Receiver<Incoming>), QuicError> {
+        Self::start_over(settings, path, &Sockets::default())
+    }
+
+    /// [`QuicTransport::start_on`] in a network that need not be the system's.
+    ///
+    /// # Errors
+    /// [`QuicError`]: each says what to do.
+    pub fn start_over(
+        settings: QuicSettings,
+        path: PathKind,
+        sockets: &Sockets,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<Incoming>), QuicError> {
         let tls = Arc::new(TlsStore::open(&settings.cluster, &settings.local.node, settings.tls.clone())?);
-        let endpoint = endpoint::bind(&settings, path, &tls)?;
+        let endpoint = endpoint::bind(&settings, path, sockets, &tls)?;
         let path = path.of(settings.listen);
         let (send, receive) = mpsc::channel(INCOMING_MAX);
         let peers = Mutex::default();
@@ -182,7 +195,7 @@ impl QuicTransport {
     #[doc(hidden)]
     pub fn bare(settings: &QuicSettings) -> Result<(Endpoint, quinn::ClientConfig), QuicError> {
         let tls = Arc::new(TlsStore::open(&settings.cluster, &settings.local.node, settings.tls.clone())?);
-        let endpoint = endpoint::bind(settings, PathKind::Auto, &tls)?;
+        let endpoint = endpoint::bind(settings, PathKind::Auto, &Sockets::default(), &tls)?;
         Ok((endpoint, endpoint::client(PathKind::Auto.of(settings.listen), &tls)?))
     }
 
