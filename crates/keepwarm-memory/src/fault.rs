@@ -16,6 +16,9 @@ pub struct FaultPlan {
     allocations_fail: AtomicBool,
     hung: Mutex<bool>,
     resumed: Condvar,
+    /// A bug planted in the CUDA device: it takes batches as passed without asking.
+    #[cfg(test)]
+    pub(crate) waits_for_nothing: AtomicBool,
 }
 
 impl Default for FaultPlan {
@@ -26,6 +29,8 @@ impl Default for FaultPlan {
             allocations_fail: AtomicBool::new(false),
             hung: Mutex::new(false),
             resumed: Condvar::new(),
+            #[cfg(test)]
+            waits_for_nothing: AtomicBool::new(false),
         }
     }
 }

@@ -40,6 +40,9 @@ pub enum GuardError {
     /// The bytes are another tenant's, or of another life.
     #[error("the block belongs to another owner")]
     WrongOwner,
+    /// The bytes lie in a device's memory.
+    #[error("the block lies in a device's memory, which the host cannot touch: copy it to the host first")]
+    OnDevice,
     /// The bytes asked for were never written, or lie outside the block.
     #[error("bytes {start}..{end} are outside the {limit} that may be touched")]
     Bounds {
@@ -67,6 +70,22 @@ struct Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.arena.release(self.slot, self.tenant.clone(), self.alone);
+    }
+}
+
+/// A block's place in memory, for the devices that move its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Where it begins.
+    pub(crate) address: u64,
+    /// The device context that it lies in; none for memory of the host.
+    pub(crate) context: Option<usize>,
+}
+
+impl Memory {
+    fn place(&self) -> Place {
+        let region = &self.arena.region;
+        Place { address: region.address() + self.offset, context: region.context() }
     }
 }
 
@@ -118,7 +137,16 @@ impl BlockMut {
         self.written
     }
 
+    /// Whether it lies in memory that the host can touch.
+    #[must_use]
+    pub fn is_on_host(&self) -> bool {
+        self.memory.place().context.is_none()
+    }
+
     /// What was written.
+    ///
+    /// # Panics
+    /// If the block is not [on the host](Self::is_on_host).
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: this guard is the range's only one, and `&self` rules out its own writers.
@@ -127,6 +155,9 @@ impl BlockMut {
 
     /// All of the block, to write in place; what another tenant left is zeroed first, and all of it counts
     /// as written from now on.
+    ///
+    /// # Panics
+    /// If the block is not [on the host](Self::is_on_host).
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let (offset, capacity) = (self.memory.offset, self.memory.capacity);
         // SAFETY: this guard is the only one of its slot, which has the capacity rounded up to the alignment, and
@@ -143,8 +174,11 @@ impl BlockMut {
     /// Writes `data` at `at`, which must not leave a gap behind what was written.
     ///
     /// # Errors
-    /// [`GuardError::Bounds`]; nothing was written then.
+    /// [`GuardError::Bounds`], [`GuardError::OnDevice`]; nothing was written then.
     pub fn write(&mut self, at: usize, data: &[u8]) -> Result<(), GuardError> {
+        if !self.is_on_host() {
+            return Err(GuardError::OnDevice);
+        }
         let end = at.saturating_add(data.len());
         if at > self.written || end > self.memory.capacity {
             return Err(GuardError::Bounds { start: at, end, limit: self.memory.capacity });
@@ -152,16 +186,24 @@ impl BlockMut {
         let offset = self.memory.offset + at as u64;
         // SAFETY: this guard is the range's only one, and `&mut self` rules out any other use of it.
         unsafe { self.memory.arena.region.slice_mut(offset, data.len()) }.copy_from_slice(data);
+        self.reaches(end);
+        Ok(())
+    }
+
+    /// The bytes up to `end` were written.
+    pub(crate) fn reaches(&mut self, end: usize) {
         self.written = self.written.max(end);
         self.memory.alone |= self.written == slot_bytes(self.memory.capacity);
-        Ok(())
     }
 
     /// Seals the first `length` bytes as a new instance.
     ///
     /// # Errors
-    /// The guard comes back if `length` is more than was written.
+    /// The guard comes back if `length` is more than was written, or the block not [on the host](Self::is_on_host).
     pub fn seal(self, length: usize) -> Result<Block, (Self, GuardError)> {
+        if !self.is_on_host() {
+            return Err((self, GuardError::OnDevice));
+        }
         if length > self.written {
             let error = GuardError::Bounds { start: 0, end: length, limit: self.written };
             return Err((self, error));
@@ -201,6 +243,26 @@ impl BlockMut {
         let mut block = self.into_block(length, original.instance(), original.checksum());
         block.birth = original.birth;
         block
+    }
+
+    /// Where it lies.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn place(&self) -> Place {
+        self.memory.place()
+    }
+
+    /// What another tenant may have left behind the written bytes: where it begins in the block, and how long it is.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn left_over(&self) -> Option<Range<usize>> {
+        let all = slot_bytes(self.memory.capacity);
+        (!self.memory.alone).then_some(self.written..all)
+    }
+
+    /// All of the block was written, or zeroed where another tenant had it before.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn filled(&mut self) {
+        self.memory.alone = true;
+        self.written = self.memory.capacity;
     }
 
     /// Whose block it will be.
@@ -292,14 +354,29 @@ impl Block {
         Arc::strong_count(&self.sealed) == 1
     }
 
+    /// Whether it lies in memory that the host can touch.
+    #[must_use]
+    pub fn is_on_host(&self) -> bool {
+        self.place().context.is_none()
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        self.sealed.memory.place()
+    }
+
     /// The bytes.
     ///
     /// # Errors
-    /// [`GuardError::WrongOwner`] unless tenant and birth are the guard's.
+    /// [`GuardError::WrongOwner`] unless tenant and birth are the guard's, [`GuardError::OnDevice`] where the host
+    /// cannot touch them.
     //= GUARANTEES.md#G4
     pub fn bytes(&self, owner: &Owner) -> Result<&[u8], GuardError> {
         if owner.birth != self.birth || owner.tenant != self.sealed.memory.tenant {
             return Err(GuardError::WrongOwner);
+        }
+        if !self.is_on_host() {
+            return Err(GuardError::OnDevice);
         }
         Ok(self.raw())
     }
@@ -320,6 +397,9 @@ impl Block {
     ///
     /// # Errors
     /// [`Corrupt`] with both checksums.
+    ///
+    /// # Panics
+    /// If the block is not [on the host](Self::is_on_host): a device verifies what it moves.
     pub fn verify(&self) -> Result<(), Corrupt> {
         let (expected, found) = (self.checksum(), block_checksum(self.raw()));
         if expected == found { Ok(()) } else { Err(Corrupt { instance: self.instance(), expected, found }) }

@@ -19,6 +19,8 @@ mod sync;
 
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
+#[cfg(feature = "cuda")]
+pub use device::{CUDA_PATIENCE, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use device::{
     Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape,
     STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,

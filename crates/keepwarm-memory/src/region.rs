@@ -1,4 +1,5 @@
-//! One piece of anonymous memory, reserved at start and shared by the guards that carve it.
+//! One piece of memory, reserved at start and shared by the guards that carve it: a private mapping, memory that a
+//! driver page-locked, or a device's own, which the host can name and not touch.
 //!
 //! The unsafe part: guards hold disjoint byte ranges of one mapping. That ranges are disjoint is the
 //! arena's book-keeping; that a range is either mutable by one or readable by many is the guards' types.
@@ -28,10 +29,29 @@ pub enum ReserveError {
 /// Whether pages are locked in RAM; if not, why and what to do.
 pub type LockReport = Result<(), String>;
 
-/// A private anonymous mapping.
+/// Memory that somebody else gave, and that is given back when this drops.
+pub(crate) trait Foreign: Send + Sync + std::fmt::Debug {
+    /// Where it begins: an address of the host, or one of the device's that only its driver can use.
+    fn address(&self) -> u64;
+
+    /// Its length in bytes.
+    fn bytes(&self) -> u64;
+
+    /// The device context that it lies in; none where the host can touch it.
+    fn context(&self) -> Option<usize>;
+}
+
+#[derive(Debug)]
+enum Backing {
+    Map(MmapRaw),
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only drivers lend memory"))]
+    Foreign(Box<dyn Foreign>),
+}
+
+/// Memory that guards carve.
 #[derive(Debug)]
 pub(crate) struct Region {
-    map: MmapRaw,
+    backing: Backing,
     locked: LockReport,
 }
 
@@ -48,7 +68,13 @@ impl Region {
         if locked.is_err() {
             Self::touch(&map);
         }
-        Ok(Self { map, locked })
+        Ok(Self { backing: Backing::Map(map), locked })
+    }
+
+    /// Memory of a driver's. A device's must read as zeroes where nothing was written yet.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn foreign(memory: Box<dyn Foreign>) -> Self {
+        Self { backing: Backing::Foreign(memory), locked: Ok(()) }
     }
 
     fn lock(map: &MmapRaw) -> LockReport {
@@ -74,17 +100,46 @@ impl Region {
         &self.locked
     }
 
+    /// Where it begins.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.backing {
+            Backing::Map(map) => map.as_ptr() as u64,
+            Backing::Foreign(memory) => memory.address(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match &self.backing {
+            Backing::Map(map) => map.len() as u64,
+            Backing::Foreign(memory) => memory.bytes(),
+        }
+    }
+
+    /// The device context that it lies in; none for memory of the host.
+    pub(crate) fn context(&self) -> Option<usize> {
+        match &self.backing {
+            Backing::Map(_) => None,
+            Backing::Foreign(memory) => memory.context(),
+        }
+    }
+
     /// Reads a range.
+    ///
+    /// # Panics
+    /// If the range is outside, or the memory is a device's.
     ///
     /// # Safety
     /// Nobody may write the range while the slice lives.
     pub(crate) unsafe fn slice(&self, offset: u64, len: usize) -> &[u8] {
-        let offset = self.check(offset, len);
-        // SAFETY: in bounds by `check`; the caller rules out writers; the mapping lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr().add(offset), len) }
+        let start = self.check(offset, len);
+        // SAFETY: in bounds and the host's by `check`; the caller rules out writers; the memory lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(start, len) }
     }
 
     /// Writes a range.
+    ///
+    /// # Panics
+    /// If the range is outside, or the memory is a device's.
     ///
     /// # Safety
     /// Nobody else may read or write the range while the slice lives.
@@ -93,19 +148,21 @@ impl Region {
         reason = "disjoint ranges of one mapping; exclusivity is the caller's duty"
     )]
     pub(crate) unsafe fn slice_mut(&self, offset: u64, len: usize) -> &mut [u8] {
-        let offset = self.check(offset, len);
-        // SAFETY: in bounds by `check`; the caller rules out any other user; the mapping lives as long as `self`.
-        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(offset), len) }
+        let start = self.check(offset, len);
+        // SAFETY: in bounds and the host's by `check`; the caller rules out any other user; the memory lives as long
+        // as `self`.
+        unsafe { std::slice::from_raw_parts_mut(start, len) }
     }
 
-    fn check(&self, offset: u64, len: usize) -> usize {
-        let start = usize::try_from(offset).expect("keepwarm runs on 64-bit targets");
-        let end = start.checked_add(len).expect("a range of memory does not overflow");
+    /// The address of a range that lies inside and that the host can touch.
+    fn check(&self, offset: u64, len: usize) -> *mut u8 {
         assert!(
-            end <= self.map.len(),
-            "range {start}..{end} lies outside the region of {} bytes",
-            self.map.len()
+            self.context().is_none(),
+            "the host reached for a device's memory: copy it to the host first"
         );
-        start
+        let end = offset.checked_add(len as u64).expect("a range of memory does not overflow");
+        let bytes = self.bytes();
+        assert!(end <= bytes, "range {offset}..{end} lies outside the region of {bytes} bytes");
+        (self.address() + offset) as *mut u8
     }
 }

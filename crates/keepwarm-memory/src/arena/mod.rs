@@ -154,14 +154,29 @@ impl Arena {
         settings: &ArenaSettings,
         faults: Option<Arc<FaultPlan>>,
     ) -> Result<Self, ReserveError> {
+        Self::over(settings, faults, |bytes| Region::reserve(bytes, settings.lock))
+    }
+
+    /// An arena over a region of the given size, which `reserve` makes.
+    pub(crate) fn over<E: From<ReserveError>>(
+        settings: &ArenaSettings,
+        faults: Option<Arc<FaultPlan>>,
+        reserve: impl FnOnce(u64) -> Result<Region, E>,
+    ) -> Result<Self, E> {
         let extent = settings.extent.0 / BLOCK_ALIGN * BLOCK_ALIGN;
         if extent < EXTENT_BYTES_MIN || settings.bytes.0 < extent {
-            return Err(ReserveError::Size(settings.bytes, Bytes(extent.max(EXTENT_BYTES_MIN))));
+            return Err(ReserveError::Size(settings.bytes, Bytes(extent.max(EXTENT_BYTES_MIN))).into());
         }
         let extents = settings.bytes.0 / extent;
-        let region = Region::reserve(extents * extent, settings.lock)?;
+        let region = reserve(extents * extent)?;
         let table = Mutex::new(Table::new(extents, extent));
         Ok(Self { shared: Arc::new(Shared { name: settings.name.clone(), region, table, faults }) })
+    }
+
+    /// Whether the host can touch its memory; what a device has of its own it cannot.
+    #[must_use]
+    pub fn is_on_host(&self) -> bool {
+        self.shared.region.context().is_none()
     }
 
     /// Its name.

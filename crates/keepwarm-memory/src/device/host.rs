@@ -6,105 +6,35 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::thread;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use futures::channel::oneshot;
+use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, enqueue};
 use super::event::{Event, Progress};
+use super::health::Health;
 use super::steps::{Ended, FillJob, Step};
 use super::{
-    Device, DeviceError, DeviceState, Direction, GatherJob, Job, Outcome, ScatterJob, Transfer, TransferError,
+    Device, DeviceError, DeviceState, Direction, GatherJob, Job, ScatterJob, Transfer, TransferError,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
 use crate::guard::BlockMut;
 use crate::region::ReserveError;
 
-/// Submissions that wait on one stream. Each is a session's restore or checkpoint, and the node lets 64 run
-/// at once, so a full stream means that the device hangs.
-pub const STREAM_QUEUE_MAX: usize = 256;
-/// Why nothing more comes from a stream whose thread is gone.
-const STREAM_ENDED: &str = "its stream ended";
 /// Threads that share one large batch.
 const STRANDS_MAX: usize = 4;
 /// Smaller batches are copied by the stream's own thread: waking another costs some tens of microseconds.
 const STRAND_BYTES_MIN: usize = 4 << 20;
 
-struct Submission<S: Step> {
-    jobs: Vec<S>,
-    done: oneshot::Sender<Outcome<S::Done>>,
+/// Runs batches of any kind.
+struct Runner<'a> {
+    health: &'a Arc<Health>,
+    strands: &'a Sender<Arc<dyn Shared>>,
 }
 
-impl<S: Step> Submission<S> {
-    fn run(self, health: &Arc<Health>, strands: &Sender<Arc<dyn Shared>>) {
+impl Run for Runner<'_> {
+    fn run<S: Step>(&mut self, submission: Submission<S>) {
         // Where nobody waits any more, what was made goes back to its arena right here.
-        drop(self.done.send(run_all(self.jobs, health, strands)));
-    }
-
-    fn into_targets(self) -> Vec<BlockMut> {
-        self.jobs.into_iter().map(S::into_target).collect()
-    }
-}
-
-/// What waits on a stream: one batch of one kind.
-enum Work {
-    Copy(Submission<Job>),
-    Fill(Submission<FillJob>),
-    Gather(Submission<GatherJob>),
-    Scatter(Submission<ScatterJob>),
-}
-
-impl Work {
-    fn run(self, health: &Arc<Health>, strands: &Sender<Arc<dyn Shared>>) {
-        match self {
-            Self::Copy(submission) => submission.run(health, strands),
-            Self::Fill(submission) => submission.run(health, strands),
-            Self::Gather(submission) => submission.run(health, strands),
-            Self::Scatter(submission) => submission.run(health, strands),
-        }
-    }
-
-    fn into_targets(self) -> Vec<BlockMut> {
-        match self {
-            Self::Copy(submission) => submission.into_targets(),
-            Self::Fill(submission) => submission.into_targets(),
-            Self::Gather(submission) => submission.into_targets(),
-            Self::Scatter(submission) => submission.into_targets(),
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Health {
-    state: Mutex<DeviceState>,
-    faults: Arc<FaultPlan>,
-    /// Each stream's.
-    progress: [Arc<Progress>; 2],
-}
-
-impl Health {
-    fn state(&self) -> DeviceState {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    //= GUARANTEES.md#G9
-    fn fence(&self, reason: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state != DeviceState::Up {
-            return;
-        }
-        tracing::warn!(reason, "device fenced");
-        *state = DeviceState::Fenced(reason.to_owned());
-        // Under the same lock, so that no work fails by this fence and then counts as finished before it.
-        let waiting = self.progress.each_ref().map(|progress| progress.fence(reason));
-        drop(state);
-        waiting.into_iter().flatten().for_each(Waker::wake);
-    }
-
-    fn check(&self) -> Result<(), DeviceError> {
-        match self.state() {
-            DeviceState::Up => Ok(()),
-            DeviceState::Fenced(reason) => Err(DeviceError::Fenced(reason)),
-        }
+        drop(submission.done.send(run_all(submission.jobs, self.health, self.strands)));
     }
 }
 
@@ -124,8 +54,7 @@ impl HostDevice {
     /// [`ReserveError`] where the memory cannot be had.
     pub fn new(settings: &ArenaSettings, faults: Arc<FaultPlan>) -> Result<Self, ReserveError> {
         let arena = Arena::with_faults(settings, Some(Arc::clone(&faults)))?;
-        let progress = <[Arc<Progress>; 2]>::default();
-        let health = Arc::new(Health { state: Mutex::new(DeviceState::Up), faults, progress });
+        let health = Arc::new(Health::new(faults));
         let start = |name: &str, work: Box<dyn FnOnce() + Send>| {
             thread::Builder::new()
                 .name(format!("{}-{name}", settings.name))
@@ -155,26 +84,9 @@ impl HostDevice {
         jobs: Vec<S>,
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
-        let (done, outcome) = oneshot::channel();
-        let fit = self.health.check().and_then(|()| jobs.iter().try_for_each(S::check));
-        let work = kind(Submission { jobs, done });
-        if let Err(cause) = fit {
-            return Err(TransferError { cause, targets: work.into_targets() });
-        }
-        let queue = &self.streams[place(direction)];
-        let sent = self.health.progress[place(direction)].submit(|| queue.try_send(work));
-        let (cause, work) = match sent {
-            Ok(()) => return Ok(Transfer(outcome)),
-            Err(TrySendError::Full(work)) => (DeviceError::Busy, work),
-            Err(TrySendError::Disconnected(work)) => (DeviceError::Fenced(STREAM_ENDED.to_owned()), work),
-        };
-        Err(TransferError { cause, targets: work.into_targets() })
+        let at = direction.place();
+        enqueue(jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
     }
-}
-
-/// A stream's place.
-fn place(direction: Direction) -> usize {
-    usize::from(direction == Direction::Out)
 }
 
 impl Device for HostDevice {
@@ -221,7 +133,7 @@ impl Device for HostDevice {
     }
 
     fn record(&self, direction: Direction) -> Event {
-        self.health.progress[place(direction)].record()
+        self.health.progress[direction.place()].record()
     }
 }
 
@@ -230,7 +142,7 @@ struct Ending<'a>(&'a Progress);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        self.0.fence(STREAM_ENDED).into_iter().for_each(Waker::wake);
+        self.0.fence(super::batch::STREAM_ENDED).into_iter().for_each(Waker::wake);
     }
 }
 
@@ -240,11 +152,11 @@ fn run(
     health: &Arc<Health>,
     strands: &Sender<Arc<dyn Shared>>,
 ) {
-    let progress = &health.progress[place(direction)];
+    let progress = &health.progress[direction.place()];
     let _ending = Ending(progress);
     for work in queue {
         health.faults.wait_while_hung();
-        work.run(health, strands);
+        work.run(&mut Runner { health, strands });
         progress.finish();
     }
 }
@@ -274,14 +186,10 @@ impl<S: Step> Shared for Batch<S> {
 }
 
 fn execute<S: Step>(step: S, health: &Health) -> Ended<S> {
-    if let Err(cause) = health.check() {
-        return Err((cause, step.into_target()));
+    match health.next() {
+        Ok(()) => step.run(&health.faults),
+        Err(cause) => Err((cause, step.into_target())),
     }
-    if health.faults.sticky_now() {
-        health.fence("injected sticky error");
-        return Err((DeviceError::Fenced("injected sticky error".to_owned()), step.into_target()));
-    }
-    step.run(&health.faults)
 }
 
 /// Does a batch, a large one with the help of the device's other strands, since one core hashes more slowly

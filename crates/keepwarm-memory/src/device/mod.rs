@@ -6,20 +6,23 @@
 //! one. The job holds source and target guards until it has run, so memory is never reused under a
 //! transfer; dropping the [`Transfer`] neither cancels the work nor leaks: what arrives is given back.
 
+mod batch;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod event;
+mod health;
 mod host;
 mod planes;
 mod steps;
 
+pub use batch::{STREAM_QUEUE_MAX, Transfer};
+#[cfg(feature = "cuda")]
+pub use cuda::{CUDA_PATIENCE, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use event::Event;
-pub use host::{HostDevice, STREAM_QUEUE_MAX};
+pub use host::HostDevice;
 pub use planes::{PlaneShape, gather, scatter};
 
 use std::fmt;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
-use futures::channel::oneshot;
 
 use crate::arena::Arena;
 use crate::checksum::Corrupt;
@@ -32,6 +35,13 @@ pub enum Direction {
     In,
     /// From the device into host memory: a checkpoint.
     Out,
+}
+
+impl Direction {
+    /// The place of its stream.
+    fn place(self) -> usize {
+        usize::from(self == Self::Out)
+    }
 }
 
 /// Whether a device serves.
@@ -126,28 +136,6 @@ impl fmt::Display for TransferError {
 }
 
 impl std::error::Error for TransferError {}
-
-type Outcome<T> = Result<Vec<T>, TransferError>;
-
-/// A submission under way; resolves to what it made, in the order of the jobs: sealed blocks, or the targets of a
-/// scatter, which can still be written.
-///
-/// Cancel safe: dropping it leaves the work to run, and gives the blocks back when it has.
-#[derive(Debug)]
-pub struct Transfer<T = Block>(oneshot::Receiver<Outcome<T>>);
-
-impl<T> Future for Transfer<T> {
-    type Output = Outcome<T>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome<T>> {
-        Pin::new(&mut self.0).poll(context).map(|result| {
-            result.unwrap_or_else(|oneshot::Canceled| {
-                let cause = DeviceError::Fenced("its stream ended".to_owned());
-                Err(TransferError { cause, targets: Vec::new() })
-            })
-        })
-    }
-}
 
 /// A GPU, or what stands in for one.
 pub trait Device: Send + Sync + fmt::Debug {

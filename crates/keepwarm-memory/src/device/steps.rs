@@ -1,5 +1,7 @@
 //! What a host device does with one block: copy, fill, gather, scatter; each verified where the bytes end.
 
+use keepwarm_types::BlockChecksum;
+
 use super::{DeviceError, GatherJob, Job, PlaneShape, ScatterJob, gather, scatter};
 use crate::checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 use crate::fault::FaultPlan;
@@ -11,8 +13,17 @@ const COPY_STEP: usize = 4 * CHUNK_BYTES;
 /// A step's end: what it made, or why there is nothing, with the target back.
 pub(super) type Ended<S> = Result<<S as Step>::Done, (DeviceError, BlockMut)>;
 
+/// What a device that is not the host needs to know of a step.
+#[cfg(feature = "cuda")]
+pub(super) use super::cuda::Moves;
+/// Nothing where there is none.
+#[cfg(not(feature = "cuda"))]
+pub(super) trait Moves {}
+#[cfg(not(feature = "cuda"))]
+impl<S> Moves for S {}
+
 /// One block's part of a submission.
-pub(super) trait Step: Send + Sized + 'static {
+pub(super) trait Step: Moves + Send + Sized + 'static {
     /// What it makes of its target.
     type Done: Send + 'static;
 
@@ -39,16 +50,16 @@ pub(super) trait Step: Send + Sized + 'static {
 impl Step for Job {
     type Done = Block;
 
+    fn check(&self) -> Result<(), DeviceError> {
+        room(&self.target, self.source.length())
+    }
+
     fn bytes(&self) -> usize {
         self.source.length()
     }
 
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { source, mut target } = self;
-        if target.capacity() < source.length() {
-            let cause = DeviceError::Size { target: target.capacity(), source_bytes: source.length() };
-            return Err((cause, target));
-        }
         let flip = faults.flip_now();
         let mut hasher = BlockHasher::default();
         for (step, bytes) in source.raw().chunks(COPY_STEP).enumerate() {
@@ -91,20 +102,28 @@ impl Step for FillJob {
         all.fill(byte);
         flip_first(all, faults);
         let found = block_checksum(all);
-        // Of what was to be written, so that memory that did not take it shows.
-        let mut hasher = BlockHasher::default();
-        let (pattern, length) = ([byte; CHUNK_BYTES], all.len());
-        for at in (0..length).step_by(CHUNK_BYTES) {
-            hasher.update(&pattern[..CHUNK_BYTES.min(length - at)]);
-        }
-        target
-            .seal_received(next_instance(), hasher.finish(), found)
-            .map_err(|(target, corrupt)| (corrupt.into(), target))
+        seal_filled(target, byte, found)
     }
 
     fn into_target(self) -> BlockMut {
         self.target
     }
+}
+
+/// Seals a target that was filled: what was to be written is hashed, so that memory that did not take it shows.
+pub(super) fn seal_filled(
+    target: BlockMut,
+    byte: u8,
+    found: BlockChecksum,
+) -> Result<Block, (DeviceError, BlockMut)> {
+    let mut hasher = BlockHasher::default();
+    let (pattern, length) = ([byte; CHUNK_BYTES], target.capacity());
+    for at in (0..length).step_by(CHUNK_BYTES) {
+        hasher.update(&pattern[..CHUNK_BYTES.min(length - at)]);
+    }
+    target
+        .seal_received(next_instance(), hasher.finish(), found)
+        .map_err(|(target, corrupt)| (corrupt.into(), target))
 }
 
 impl Step for GatherJob {
@@ -237,7 +256,8 @@ fn room(target: &BlockMut, source_bytes: usize) -> Result<(), DeviceError> {
     Ok(())
 }
 
-fn flip_first(bytes: &mut [u8], faults: &FaultPlan) {
+/// Turns a bit of what arrived, where a test wants it.
+pub(super) fn flip_first(bytes: &mut [u8], faults: &FaultPlan) {
     if faults.flip_now()
         && let Some(first) = bytes.first_mut()
     {

@@ -1,0 +1,107 @@
+//! Batches of one kind on their way to a stream, and what comes back of them.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use crossbeam_channel::{Sender, TrySendError};
+use futures::channel::oneshot;
+
+use super::event::Progress;
+use super::steps::{FillJob, Step};
+use super::{DeviceError, GatherJob, Job, ScatterJob, TransferError};
+use crate::guard::{Block, BlockMut};
+
+/// Submissions that wait on one stream. Each is a session's restore or checkpoint, and the node lets 64 run
+/// at once, so a full stream means that the device hangs.
+pub const STREAM_QUEUE_MAX: usize = 256;
+/// Why nothing more comes from a stream whose thread is gone.
+pub(super) const STREAM_ENDED: &str = "its stream ended";
+
+pub(super) type Outcome<T> = Result<Vec<T>, TransferError>;
+
+/// A submission under way; resolves to what it made, in the order of the jobs: sealed blocks, or the targets of a
+/// scatter, which can still be written.
+///
+/// Cancel safe: dropping it leaves the work to run, and gives the blocks back when it has.
+#[derive(Debug)]
+pub struct Transfer<T = Block>(oneshot::Receiver<Outcome<T>>);
+
+impl<T> Future for Transfer<T> {
+    type Output = Outcome<T>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome<T>> {
+        Pin::new(&mut self.0).poll(context).map(|result| {
+            result.unwrap_or_else(|oneshot::Canceled| {
+                let cause = DeviceError::Fenced(STREAM_ENDED.to_owned());
+                Err(TransferError { cause, targets: Vec::new() })
+            })
+        })
+    }
+}
+
+/// One batch, and who waits for it.
+pub(super) struct Submission<S: Step> {
+    pub(super) jobs: Vec<S>,
+    pub(super) done: oneshot::Sender<Outcome<S::Done>>,
+}
+
+impl<S: Step> Submission<S> {
+    fn into_targets(self) -> Vec<BlockMut> {
+        self.jobs.into_iter().map(S::into_target).collect()
+    }
+}
+
+/// Who does batches of whatever kind.
+pub(super) trait Run {
+    fn run<S: Step>(&mut self, submission: Submission<S>);
+}
+
+/// What waits on a stream: one batch of one kind.
+pub(super) enum Work {
+    Copy(Submission<Job>),
+    Fill(Submission<FillJob>),
+    Gather(Submission<GatherJob>),
+    Scatter(Submission<ScatterJob>),
+}
+
+impl Work {
+    pub(super) fn run(self, by: &mut impl Run) {
+        match self {
+            Self::Copy(submission) => by.run(submission),
+            Self::Fill(submission) => by.run(submission),
+            Self::Gather(submission) => by.run(submission),
+            Self::Scatter(submission) => by.run(submission),
+        }
+    }
+
+    fn into_targets(self) -> Vec<BlockMut> {
+        match self {
+            Self::Copy(submission) => submission.into_targets(),
+            Self::Fill(submission) => submission.into_targets(),
+            Self::Gather(submission) => submission.into_targets(),
+            Self::Scatter(submission) => submission.into_targets(),
+        }
+    }
+}
+
+/// Queues a batch that fits on a stream of a device that serves, or gives its targets back.
+pub(super) fn enqueue<S: Step>(
+    jobs: Vec<S>,
+    kind: fn(Submission<S>) -> Work,
+    serves: impl FnOnce() -> Result<(), DeviceError>,
+    progress: &Progress,
+    queue: &Sender<Work>,
+) -> Result<Transfer<S::Done>, TransferError> {
+    let (done, outcome) = oneshot::channel();
+    let fit = serves().and_then(|()| jobs.iter().try_for_each(S::check));
+    let work = kind(Submission { jobs, done });
+    if let Err(cause) = fit {
+        return Err(TransferError { cause, targets: work.into_targets() });
+    }
+    let (cause, work) = match progress.submit(|| queue.try_send(work)) {
+        Ok(()) => return Ok(Transfer(outcome)),
+        Err(TrySendError::Full(work)) => (DeviceError::Busy, work),
+        Err(TrySendError::Disconnected(work)) => (DeviceError::Fenced(STREAM_ENDED.to_owned()), work),
+    };
+    Err(TransferError { cause, targets: work.into_targets() })
+}

@@ -1,0 +1,292 @@
+//! What the driver lends: a context, memory, streams, events. Each gives itself back, and never panics doing so.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+
+use keepwarm_types::Bytes;
+
+use super::driver::{Copy2d, CudaDriver, CudaError, NOT_READY, OUT_OF_MEMORY, call};
+use crate::guard::Place;
+use crate::region::Foreign;
+
+/// `CU_STREAM_NON_BLOCKING`: no implicit order with the legacy stream.
+const NON_BLOCKING: u32 = 1;
+/// `CU_EVENT_DISABLE_TIMING`: nobody asks when.
+const NO_TIMING: u32 = 2;
+/// `CU_MEMHOSTALLOC_PORTABLE`: page-locked for every context, and cached, since the CPU hashes what lies there.
+const PORTABLE: u32 = 1;
+/// `CU_MEMORYTYPE_HOST` and `CU_MEMORYTYPE_DEVICE`.
+const KIND_HOST: u32 = 1;
+const KIND_DEVICE: u32 = 2;
+
+/// A device's primary context, retained; calls go to it from threads that [made it current](Self::enter).
+#[derive(Debug)]
+pub(super) struct Context {
+    driver: CudaDriver,
+    device: c_int,
+    handle: usize,
+}
+
+impl Context {
+    pub(super) fn retain(driver: &CudaDriver, device: c_int) -> Result<Arc<Self>, CudaError> {
+        let mut handle = 0;
+        call!(driver, retain(&raw mut handle, device))?;
+        Ok(Arc::new(Self { driver: driver.clone(), device, handle }))
+    }
+
+    /// Makes it this thread's.
+    pub(super) fn enter(&self) -> Result<(), CudaError> {
+        call!(self.driver, set_current(self.handle))
+    }
+
+    /// Memory that is free, and all that there is.
+    pub(super) fn memory(&self) -> Result<(Bytes, Bytes), CudaError> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        call!(self.driver, memory_info(&raw mut free, &raw mut total))?;
+        Ok((Bytes(free as u64), Bytes(total as u64)))
+    }
+
+    /// Says that something could not be given back: there is nobody to tell, and the process may go on.
+    fn leak(&self, what: &str, error: &CudaError) {
+        tracing::warn!(device = self.device, %error, "{what} was not given back");
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Err(error) = call!(self.driver, release(self.device)) {
+            self.leak("a context", &error);
+        }
+    }
+}
+
+/// A device's memory, reserved once and zeroed.
+#[derive(Debug)]
+pub(super) struct DeviceMemory {
+    context: Arc<Context>,
+    address: u64,
+    bytes: u64,
+}
+
+impl DeviceMemory {
+    /// # Errors
+    /// [`CudaError::Memory`] where there is less than that, or another.
+    pub(super) fn reserve(context: &Arc<Context>, device: &str, bytes: u64) -> Result<Self, CudaError> {
+        let (free, total) = context.memory()?;
+        let short = || CudaError::Memory { device: device.to_owned(), asked: Bytes(bytes), free, total };
+        if bytes > free.0 {
+            return Err(short());
+        }
+        let driver = &context.driver;
+        let mut address = 0;
+        let refused = |error: CudaError| if error.code() == Some(OUT_OF_MEMORY) { short() } else { error };
+        call!(driver, allocate(&raw mut address, bytes as usize)).map_err(refused)?;
+        let memory = Self { context: Arc::clone(context), address, bytes };
+        let stream = Stream::create(context)?;
+        stream.fill(Place { address, context: Some(context.handle) }, 0, bytes as usize)?;
+        stream.settle()?;
+        Ok(memory)
+    }
+}
+
+impl Foreign for DeviceMemory {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn context(&self) -> Option<usize> {
+        Some(self.context.handle)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let freed = self.context.enter().and_then(|()| call!(self.context.driver, free(self.address)));
+        if let Err(error) = freed {
+            self.context.leak("device memory", &error);
+        }
+    }
+}
+
+/// The host's memory, page-locked for every device and zeroed.
+#[derive(Debug)]
+pub(super) struct HostMemory {
+    context: Arc<Context>,
+    address: *mut c_void,
+    bytes: u64,
+}
+
+// SAFETY: the pointer names memory that belongs to this value alone; what lies there is guarded by its users.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above, and `&self` gives out numbers only.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    pub(super) fn reserve(context: &Arc<Context>, bytes: u64) -> Result<Self, CudaError> {
+        context.enter()?;
+        let mut address = std::ptr::null_mut();
+        call!(context.driver, allocate_host(&raw mut address, bytes as usize, PORTABLE))?;
+        // SAFETY: the driver gave so many bytes, and nobody else has them yet.
+        unsafe { address.cast::<u8>().write_bytes(0, bytes as usize) };
+        Ok(Self { context: Arc::clone(context), address, bytes })
+    }
+
+    /// Its place, for copies.
+    pub(super) fn place(&self) -> Place {
+        Place { address: self.address as u64, context: None }
+    }
+
+    /// Its first bytes.
+    ///
+    /// # Safety
+    /// No copy writes there while the slice lives.
+    pub(super) unsafe fn head(&self, bytes: usize) -> &[u8] {
+        assert!(bytes as u64 <= self.bytes, "{bytes} bytes lie outside the {} there are", self.bytes);
+        // SAFETY: in bounds; the caller rules out writers.
+        unsafe { std::slice::from_raw_parts(self.address.cast(), bytes) }
+    }
+}
+
+impl Foreign for HostMemory {
+    fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn context(&self) -> Option<usize> {
+        None
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        let freed = self.context.enter().and_then(|()| call!(self.context.driver, free_host(self.address)));
+        if let Err(error) = freed {
+            self.context.leak("page-locked memory", &error);
+        }
+    }
+}
+
+/// A stream; its thread has [entered](Context::enter) the context.
+#[derive(Debug)]
+pub(in crate::device) struct Stream {
+    context: Arc<Context>,
+    handle: usize,
+}
+
+impl Stream {
+    pub(super) fn create(context: &Arc<Context>) -> Result<Self, CudaError> {
+        let mut handle = 0;
+        call!(context.driver, stream_create(&raw mut handle, NON_BLOCKING))?;
+        Ok(Self { context: Arc::clone(context), handle })
+    }
+
+    /// Copies `bytes`; both ends must stay until an event behind it has passed.
+    pub(super) fn copy(&self, to: Place, from: Place, bytes: usize) -> Result<(), CudaError> {
+        let driver = &self.context.driver;
+        let stream = self.handle;
+        match (to.context, from.context) {
+            _ if bytes == 0 => Ok(()),
+            (Some(_), None) => call!(driver, copy_in(to.address, from.address, bytes, stream)),
+            (None, Some(_)) => call!(driver, copy_out(to.address, from.address, bytes, stream)),
+            (Some(there), Some(here)) if there == here => {
+                call!(driver, copy_within(to.address, from.address, bytes, stream))
+            }
+            (Some(there), Some(here)) => {
+                call!(driver, copy_between(to.address, there, from.address, here, bytes, stream))
+            }
+            (None, None) => self.copy_rows((to, bytes), (from, bytes), bytes, 1),
+        }
+    }
+
+    /// Copies `rows` rows of `bytes`; each end has its place and its pitch, the bytes from one row to the next.
+    pub(super) fn copy_rows(
+        &self,
+        (to, to_pitch): (Place, usize),
+        (from, from_pitch): (Place, usize),
+        bytes: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        if bytes == 0 || rows == 0 {
+            return Ok(());
+        }
+        let mut copy = Copy2d { from_pitch, to_pitch, bytes, rows, ..Copy2d::default() };
+        match from.context {
+            None => (copy.from_kind, copy.from_host) = (KIND_HOST, from.address),
+            Some(_) => (copy.from_kind, copy.from_device) = (KIND_DEVICE, from.address),
+        }
+        match to.context {
+            None => (copy.to_kind, copy.to_host) = (KIND_HOST, to.address),
+            Some(_) => (copy.to_kind, copy.to_device) = (KIND_DEVICE, to.address),
+        }
+        call!(self.context.driver, copy_rows(&raw const copy, self.handle))
+    }
+
+    /// Fills device memory with a byte.
+    pub(super) fn fill(&self, at: Place, byte: u8, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        call!(self.context.driver, fill(at.address, byte, bytes, self.handle))
+    }
+
+    /// Marks the point behind what was put in so far.
+    pub(super) fn record(&self) -> Result<Mark, CudaError> {
+        let mut handle = 0;
+        call!(self.context.driver, event_create(&raw mut handle, NO_TIMING))?;
+        let mark = Mark { context: Arc::clone(&self.context), handle };
+        call!(self.context.driver, event_record(mark.handle, self.handle))?;
+        Ok(mark)
+    }
+
+    /// Blocks until all of it has run, without a deadline: only while nobody depends on the device yet.
+    fn settle(&self) -> Result<(), CudaError> {
+        call!(self.context.driver, stream_wait(self.handle))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let given =
+            self.context.enter().and_then(|()| call!(self.context.driver, stream_destroy(self.handle)));
+        if let Err(error) = given {
+            self.context.leak("a stream", &error);
+        }
+    }
+}
+
+/// A recorded event.
+#[derive(Debug)]
+pub(super) struct Mark {
+    context: Arc<Context>,
+    handle: usize,
+}
+
+impl Mark {
+    /// Whether it has passed; its thread has [entered](Context::enter) the context.
+    pub(super) fn passed(&self) -> Result<bool, CudaError> {
+        match call!(self.context.driver, event_query(self.handle)) {
+            Err(error) if error.code() == Some(NOT_READY) => Ok(false),
+            answer => answer.map(|()| true),
+        }
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        let given =
+            self.context.enter().and_then(|()| call!(self.context.driver, event_destroy(self.handle)));
+        if let Err(error) = given {
+            self.context.leak("an event", &error);
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! A direction's stream: a thread that puts batches on it, and one that ends them as they pass.
+//!
+//! The first never waits for the device, so the next batch's copies are queued while the last one's are verified.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+use futures::channel::oneshot;
+
+use super::context::{Context, Stream};
+use super::driver::CudaError;
+use super::poll::{Passed, Poller};
+use super::verify::{Unread, Verifier};
+use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work};
+use crate::device::event::Progress;
+use crate::device::health::Health;
+use crate::device::steps::Step;
+use crate::device::{DeviceError, Direction, TransferError};
+
+/// Batches that are on the stream or being verified. Two would keep the stream busy; more hide batches that are small.
+const IN_FLIGHT_MAX: usize = 8;
+/// How often memory that a hanging device may still touch is asked for.
+const STUCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Says that a stream's thread ended, however it did, to whoever waits for its work.
+struct Ending<'a>(&'a Progress);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.fence(STREAM_ENDED).into_iter().for_each(std::task::Waker::wake);
+    }
+}
+
+/// Starts a direction's threads; they end when the sender has dropped and all is done.
+pub(super) fn start(
+    name: &str,
+    direction: Direction,
+    context: &Arc<Context>,
+    health: &Arc<Health>,
+    poller: &Poller,
+) -> Result<Sender<Work>, CudaError> {
+    context.enter()?;
+    let word = if direction == Direction::In { "in" } else { "out" };
+    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller)?);
+    let (submit, work) = bounded(STREAM_QUEUE_MAX);
+    let (send, flights) = bounded(IN_FLIGHT_MAX);
+    let spawn = |name: String, run: Box<dyn FnOnce() + Send>| {
+        thread::Builder::new().name(name).spawn(run).map(drop).map_err(CudaError::Thread)
+    };
+    let issuer = Issuer { stream, health: Arc::clone(health), poller: poller.clone(), flights: send };
+    let (context_, health_) = (Arc::clone(context), Arc::clone(health));
+    spawn(format!("{name}-{word}"), Box::new(move || issue_all(issuer, &work, &context_)))?;
+    let context = Arc::clone(context);
+    let ends = move || end_all(&flights, direction, &context, &health_, &verifier);
+    spawn(format!("{name}-{word}-ends"), Box::new(ends))?;
+    Ok(submit)
+}
+
+struct Issuer {
+    stream: Stream,
+    health: Arc<Health>,
+    poller: Poller,
+    flights: Sender<Box<dyn Flight>>,
+}
+
+fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
+    if let Err(error) = context.enter() {
+        issuer.health.fence(&format!("a stream cannot use it: {error}"));
+    }
+    for work in queue {
+        issuer.health.faults.wait_while_hung();
+        work.run(&mut issuer);
+    }
+}
+
+impl Run for Issuer {
+    fn run<S: Step>(&mut self, submission: Submission<S>) {
+        let mut issued = self.health.check();
+        if issued.is_ok() {
+            let all = submission.jobs.iter().try_for_each(|job| job.issue(&self.stream));
+            issued = all.map_err(|error| self.failed(&error));
+        }
+        // What was put on the stream before an error still runs, and its memory stays until that has passed.
+        let passed = match self.stream.record() {
+            Ok(mark) => Some(self.poller.watch(mark)),
+            Err(error) => {
+                issued = issued.and(Err(self.failed(&error)));
+                None
+            }
+        };
+        let Submission { jobs, done } = submission;
+        // The thread that ends flights lives as long as this one sends.
+        drop(self.flights.send(Box::new(Batch { jobs, done: Some(done), issued, passed })));
+    }
+}
+
+impl Issuer {
+    fn failed(&self, error: &CudaError) -> DeviceError {
+        self.health.fence(&error.to_string());
+        DeviceError::Fenced(error.to_string())
+    }
+}
+
+/// A batch on the stream, of whatever kind.
+trait Flight: Send {
+    /// Waits until it has passed, verifies it, and answers; gives itself back where the device may still touch it.
+    fn end(self: Box<Self>, health: &Health, verifier: &Verifier) -> Option<Box<dyn Flight>>;
+
+    /// Whether the device is through with its memory.
+    fn is_over(&self) -> bool;
+}
+
+struct Batch<S: Step> {
+    jobs: Vec<S>,
+    /// Until it is answered.
+    done: Option<oneshot::Sender<Outcome<S::Done>>>,
+    issued: Result<(), DeviceError>,
+    /// None where no event could be recorded: the context is broken, and nothing of it runs any more.
+    passed: Option<Receiver<Passed>>,
+}
+
+impl<S: Step> Batch<S> {
+    fn refuse(mut self, cause: DeviceError) {
+        let targets = self.jobs.into_iter().map(S::into_target).collect();
+        if let Some(done) = self.done.take() {
+            drop(done.send(Err(TransferError { cause, targets })));
+        }
+    }
+
+    /// Answers without the memory, which stays with this.
+    fn strand(mut self: Box<Self>, health: &Health) -> Option<Box<dyn Flight>> {
+        let cause = health.check().err().unwrap_or_else(|| DeviceError::Fenced(STREAM_ENDED.to_owned()));
+        if let Some(done) = self.done.take() {
+            drop(done.send(Err(TransferError { cause, targets: Vec::new() })));
+        }
+        Some(self)
+    }
+}
+
+impl<S: Step> Flight for Batch<S> {
+    fn end(self: Box<Self>, health: &Health, verifier: &Verifier) -> Option<Box<dyn Flight>> {
+        #[cfg(test)]
+        let asks = !health.faults.waits_for_nothing.load(std::sync::atomic::Ordering::SeqCst);
+        #[cfg(not(test))]
+        let asks = true;
+        let passed = match self.passed.as_ref().filter(|_| asks).map(Receiver::recv) {
+            Some(Ok(Passed::Late) | Err(_)) => return self.strand(health),
+            Some(Ok(Passed::Failed(error))) => Err(DeviceError::Fenced(error.to_string())),
+            Some(Ok(Passed::Done)) | None => Ok(()),
+        };
+        let whole = self.issued.clone().and(passed).and_then(|()| health.check());
+        if let Err(cause) = whole {
+            self.refuse(cause);
+            return None;
+        }
+        let (mut runs, mut ends) = (Vec::new(), Vec::with_capacity(self.jobs.len()));
+        for job in &self.jobs {
+            let of_job = job.runs();
+            let arrived = of_job.last().expect("every kind has a run of what arrived");
+            if health.faults.flip_now()
+                && let Err(Unread::Hangs) = verifier.flip(arrived)
+            {
+                return self.strand(health);
+            }
+            ends.push(of_job.len());
+            runs.extend(of_job);
+        }
+        match verifier.checksums(&runs) {
+            Ok(found) => {
+                self.land(&ends, &found, health);
+                None
+            }
+            Err(Unread::Failed(error)) => {
+                health.fence(&error.to_string());
+                self.refuse(DeviceError::Fenced(error.to_string()));
+                None
+            }
+            Err(Unread::Hangs) => self.strand(health),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        // A second word, or none: the thread that asks is gone, and with it the device's work.
+        !self.passed.as_ref().is_some_and(|passed| matches!(passed.try_recv(), Err(TryRecvError::Empty)))
+    }
+}
+
+impl<S: Step> Batch<S> {
+    /// Seals job after job; at the first that is not sound the rest comes back.
+    fn land(self, ends: &[usize], mut found: &[keepwarm_types::BlockChecksum], health: &Health) {
+        let (mut made, mut targets, mut cause) = (Vec::with_capacity(ends.len()), Vec::new(), None);
+        for (job, count) in self.jobs.into_iter().zip(ends) {
+            let (of_job, rest) = found.split_at(*count);
+            found = rest;
+            if cause.is_some() {
+                targets.push(job.into_target());
+                continue;
+            }
+            let ended = match health.next() {
+                Ok(()) => job.land(of_job),
+                Err(fenced) => Err((fenced, job.into_target())),
+            };
+            match ended {
+                Ok(done) => made.push(done),
+                Err((why, target)) => {
+                    cause = Some(why);
+                    targets.push(target);
+                }
+            }
+        }
+        let outcome = match cause {
+            None => Ok(made),
+            Some(cause) => {
+                targets.extend(made.into_iter().filter_map(S::regain));
+                Err(TransferError { cause, targets })
+            }
+        };
+        if let Some(done) = self.done {
+            drop(done.send(outcome));
+        }
+    }
+}
+
+fn end_all(
+    flights: &Receiver<Box<dyn Flight>>,
+    direction: Direction,
+    context: &Context,
+    health: &Health,
+    verifier: &Verifier,
+) {
+    let progress = &health.progress[direction.place()];
+    let _ending = Ending(progress);
+    if let Err(error) = context.enter() {
+        health.fence(&format!("its work cannot be verified: {error}"));
+    }
+    let mut stuck: Vec<Box<dyn Flight>> = Vec::new();
+    loop {
+        let next = match stuck.is_empty() {
+            true => flights.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            false => flights.recv_timeout(STUCK_PAUSE),
+        };
+        match next {
+            Ok(flight) => {
+                stuck.extend(flight.end(health, verifier));
+                progress.finish();
+            }
+            Err(RecvTimeoutError::Disconnected) if stuck.is_empty() => return,
+            Err(RecvTimeoutError::Disconnected) => thread::sleep(STUCK_PAUSE),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        stuck.retain(|flight| !flight.is_over());
+    }
+}

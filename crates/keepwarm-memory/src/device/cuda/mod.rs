@@ -1,0 +1,157 @@
+//! A CUDA device: its memory an arena, a stream for each direction, events that one thread asks for.
+//!
+//! ```text
+//! submit ─► issuer (a thread each direction) ─► stream ─► event ─► poller (one thread) ─► ender (one each) ─► future
+//! ```
+//!
+//! A batch is put on its stream as it is, its guards stay in the flight until the event behind it has passed, and only
+//! then is it verified and sealed. Whatever the driver answers that is not success fences the device: an error of
+//! one call may be that of an earlier one, and what ran since cannot be told from what did not (CUDA C++
+//! Programming Guide, "Error Checking"). No type of the bindings leaves this module.
+
+mod context;
+mod driver;
+mod lane;
+mod moves;
+mod poll;
+mod verify;
+
+pub use driver::{CudaDriver, CudaError, CudaFound, CudaSelector};
+pub(in crate::device) use moves::Moves;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+
+use self::context::{Context, DeviceMemory, HostMemory};
+use self::poll::Poller;
+use super::batch::{Submission, Work, enqueue};
+use super::event::Event;
+use super::health::Health;
+use super::steps::{FillJob, Step};
+use super::{Device, DeviceState, Direction, GatherJob, Job, ScatterJob, Transfer, TransferError};
+use crate::arena::{Arena, ArenaSettings};
+use crate::fault::FaultPlan;
+use crate::guard::BlockMut;
+use crate::region::Region;
+
+/// How long an event may take before its device counts as hanging: a full queue of the largest batches on the
+/// slowest link (256 of 64 MiB at 4 GB/s) takes some four seconds.
+pub const CUDA_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A GPU behind NVIDIA's driver.
+#[derive(Debug)]
+pub struct CudaDevice {
+    name: String,
+    found: CudaFound,
+    arena: Arena,
+    health: Arc<Health>,
+    context: Arc<Context>,
+    lanes: [Sender<Work>; 2],
+}
+
+impl CudaDevice {
+    /// Reserves the device's memory and starts its streams. An event that has not passed after `patience`
+    /// ([`CUDA_PATIENCE`] where nothing speaks for another) fences the device.
+    ///
+    /// # Errors
+    /// [`CudaError`]: there is no such device, it has not so much memory, or cannot do what is needed.
+    pub fn open(
+        driver: &CudaDriver,
+        selector: &CudaSelector,
+        settings: &ArenaSettings,
+        faults: Arc<FaultPlan>,
+        patience: Duration,
+    ) -> Result<Self, CudaError> {
+        let (found, device) = driver.select(selector)?;
+        if !found.pools {
+            return Err(CudaError::NoPools(selector.to_string()));
+        }
+        let context = Context::retain(driver, device)?;
+        let arena = Arena::over(settings, Some(Arc::clone(&faults)), |bytes| {
+            DeviceMemory::reserve(&context, &selector.to_string(), bytes)
+                .map(|memory| Region::foreign(Box::new(memory)))
+        })?;
+        let health = Arc::new(Health::new(faults));
+        let poller = Poller::start(&settings.name, &context, &health, patience)?;
+        let lane = |direction| lane::start(&settings.name, direction, &context, &health, &poller);
+        let lanes = [lane(Direction::In)?, lane(Direction::Out)?];
+        Ok(Self { name: settings.name.clone(), found, arena, health, context, lanes })
+    }
+
+    /// What the driver says of it.
+    #[must_use]
+    pub fn found(&self) -> &CudaFound {
+        &self.found
+    }
+
+    /// An arena in the host's memory, page-locked for every device of this driver: copies between it and a device run
+    /// without the host's help, and are read and written when they run.
+    ///
+    /// # Errors
+    /// [`CudaError`] where the settings make no arena or so much cannot be locked.
+    pub fn page_locked(&self, settings: &ArenaSettings) -> Result<Arena, CudaError> {
+        Arena::over(settings, None, |bytes| {
+            HostMemory::reserve(&self.context, bytes).map(|memory| Region::foreign(Box::new(memory)))
+        })
+    }
+
+    fn enqueue<S: Step>(
+        &self,
+        direction: Direction,
+        jobs: Vec<S>,
+        kind: fn(Submission<S>) -> Work,
+    ) -> Result<Transfer<S::Done>, TransferError> {
+        let at = direction.place();
+        enqueue(jobs, kind, || self.health.check(), &self.health.progress[at], &self.lanes[at])
+    }
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    fn state(&self) -> DeviceState {
+        self.health.state()
+    }
+
+    fn fence(&self, reason: &str) {
+        self.health.fence(reason);
+    }
+
+    fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError> {
+        self.enqueue(direction, jobs, Work::Copy)
+    }
+
+    fn fill(
+        &self,
+        direction: Direction,
+        targets: Vec<BlockMut>,
+        byte: u8,
+    ) -> Result<Transfer, TransferError> {
+        let jobs = targets.into_iter().map(|target| FillJob { target, byte }).collect();
+        self.enqueue(direction, jobs, Work::Fill)
+    }
+
+    fn gather(&self, direction: Direction, jobs: Vec<GatherJob>) -> Result<Transfer, TransferError> {
+        self.enqueue(direction, jobs, Work::Gather)
+    }
+
+    fn scatter(
+        &self,
+        direction: Direction,
+        jobs: Vec<ScatterJob>,
+    ) -> Result<Transfer<BlockMut>, TransferError> {
+        self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn record(&self, direction: Direction) -> Event {
+        self.health.progress[direction.place()].record()
+    }
+}

@@ -1,0 +1,176 @@
+//! What a CUDA device does for each kind of job: operations for its stream, runs of bytes to verify, and the end.
+
+use keepwarm_types::BlockChecksum;
+
+use super::context::Stream;
+use super::driver::CudaError;
+use crate::checksum::Corrupt;
+use crate::device::steps::{Ended, FillJob, Step, seal_filled};
+use crate::device::{GatherJob, Job, PlaneShape, ScatterJob};
+use crate::guard::{BlockMut, Place, next_instance};
+
+/// Equal rows of bytes, a pitch apart.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::device) struct Rows {
+    pub(super) place: Place,
+    pub(super) pitch: usize,
+    pub(super) bytes: usize,
+    pub(super) rows: usize,
+}
+
+impl Rows {
+    fn run(place: Place, bytes: usize) -> Self {
+        Self { place, pitch: bytes, bytes, rows: 1 }
+    }
+
+    /// The first `tokens` tokens of each plane.
+    fn planes(place: Place, shape: &PlaneShape, planes: usize, tokens: usize) -> Self {
+        let pitch = shape.tokens_per_block * shape.token_bytes;
+        Self { place, pitch, bytes: tokens * shape.token_bytes, rows: planes }
+    }
+
+    pub(super) const fn total(&self) -> usize {
+        self.bytes * self.rows
+    }
+}
+
+/// Bytes whose checksum is wanted: rows after rows, as if they lay together.
+pub(in crate::device) type Run = Vec<Rows>;
+
+/// A job on a device whose memory the host cannot touch.
+pub(in crate::device) trait Moves {
+    /// Puts its operations on the stream.
+    fn issue(&self, stream: &Stream) -> Result<(), CudaError>;
+
+    /// The checksums that its end needs, in order; the last is of the bytes that arrived in the target.
+    fn runs(&self) -> Vec<Run>;
+
+    /// Compares the checksums that were found, and seals.
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self>
+    where
+        Self: Step;
+}
+
+fn moved(place: Place, by: usize) -> Place {
+    Place { address: place.address + by as u64, ..place }
+}
+
+impl Moves for Job {
+    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
+        stream.copy(self.target.place(), self.source.place(), self.source.length())
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        vec![vec![Rows::run(self.target.place(), self.source.length())]]
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let Self { source, mut target } = self;
+        let (expected, found) = (source.checksum(), found[0]);
+        if expected != found {
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+        }
+        target.reaches(source.length());
+        Ok(target.seal_copy(&source))
+    }
+}
+
+/// Zeroes what another tenant may have left behind the bytes that this one wrote, where the whole block is to count
+/// as written.
+fn scrub(target: &BlockMut, stream: &Stream) -> Result<(), CudaError> {
+    match target.left_over() {
+        Some(rest) => stream.fill(moved(target.place(), rest.start), 0, rest.len()),
+        None => Ok(()),
+    }
+}
+
+impl Moves for FillJob {
+    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
+        scrub(&self.target, stream)?;
+        stream.fill(self.target.place(), self.byte, self.target.capacity())
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        vec![vec![Rows::run(self.target.place(), self.target.capacity())]]
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let Self { mut target, byte } = self;
+        target.filled();
+        seal_filled(target, byte, found[0])
+    }
+}
+
+impl GatherJob {
+    /// Each source's place and planes.
+    fn parts(&self) -> impl Iterator<Item = (Place, usize)> {
+        let stride = self.shape.tokens_per_block * self.shape.token_bytes;
+        self.sources.iter().map(move |source| (source.place(), source.length() / stride))
+    }
+}
+
+impl Moves for GatherJob {
+    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
+        let used = self.tokens * self.shape.token_bytes;
+        let mut at = 0;
+        for (place, planes) in self.parts() {
+            let from = Rows::planes(place, &self.shape, planes, self.tokens);
+            let to = moved(self.target.place(), at);
+            stream.copy_rows((to, used), (place, from.pitch), used, planes)?;
+            at += from.total();
+        }
+        Ok(())
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> =
+            self.sources.iter().map(|source| vec![Rows::run(source.place(), source.length())]).collect();
+        let planes = |(place, planes)| Rows::planes(place, &self.shape, planes, self.tokens);
+        runs.push(self.parts().map(planes).collect());
+        runs.push(vec![Rows::run(self.target.place(), self.shape.packed_bytes(self.tokens))]);
+        runs
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let Self { shape, sources, tokens, mut target } = self;
+        let (of_sources, of_bytes) = found.split_at(sources.len());
+        // The packed block gets a checksum of its own: what is broken before must not come out as sound.
+        for (source, found) in sources.iter().zip(of_sources) {
+            let (expected, found) = (source.checksum(), *found);
+            if expected != found {
+                return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            }
+        }
+        let (expected, found) = (of_bytes[0], of_bytes[1]);
+        if expected != found {
+            let instance = sources.first().expect("a shape without planes is refused").instance();
+            return Err((Corrupt { instance, expected, found }.into(), target));
+        }
+        let length = shape.packed_bytes(tokens);
+        target.reaches(length);
+        Ok(target.into_block(length, next_instance(), found))
+    }
+}
+
+impl Moves for ScatterJob {
+    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
+        scrub(&self.target, stream)?;
+        let used = self.tokens * self.shape.token_bytes;
+        let to = Rows::planes(self.target.place(), &self.shape, self.shape.planes, self.tokens);
+        stream.copy_rows((to.place, to.pitch), (self.source.place(), used), used, self.shape.planes)
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        vec![vec![Rows::planes(self.target.place(), &self.shape, self.shape.planes, self.tokens)]]
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let Self { source, mut target, .. } = self;
+        let (expected, found) = (source.checksum(), found[0]);
+        if expected != found {
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+        }
+        target.filled();
+        Ok(target)
+    }
+}

@@ -1,0 +1,288 @@
+//! The CUDA driver of the tests: softcuda, or a real one, and what only a CUDA device does.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_uint};
+use std::os::unix::ffi::OsStrExt;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use futures::executor::block_on;
+use keepwarm_types::{Birth, Bytes, Owner};
+
+use super::Bench;
+use crate::arena::ArenaSettings;
+use crate::device::{
+    CudaDevice, CudaDriver, CudaSelector, DeviceError, DeviceState, Direction, TransferError,
+};
+use crate::fault::FaultPlan;
+use crate::guard::Block;
+
+/// Longer than any healthy event takes on a busy machine.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The machine's own driver is used instead of softcuda.
+const REAL: &str = "KEEPWARM_TEST_GPU";
+/// Set in a child process of a test: what it is to do.
+const CHILD: &str = "KEEPWARM_TEST_CHILD";
+
+struct Loaded {
+    driver: CudaDriver,
+    /// `softcudaFault`, where it is softcuda.
+    fault: Option<unsafe extern "C" fn(*const c_char) -> c_uint>,
+}
+
+/// Opens softcuda before the bindings look for a driver, unless a GPU is to be used.
+fn loaded() -> &'static Loaded {
+    static LOADED: OnceLock<Loaded> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let fault = if std::env::var_os(REAL).is_none() { Some(open_softcuda()) } else { None };
+        Loaded { driver: CudaDriver::load().expect("the driver loads"), fault }
+    })
+}
+
+fn open_softcuda() -> unsafe extern "C" fn(*const c_char) -> c_uint {
+    if std::env::var_os("SOFTCUDA_RACES").is_none() {
+        // SAFETY: the first thing that a test does, before any of its own threads; a race ends the process.
+        unsafe { std::env::set_var("SOFTCUDA_RACES", "abort") };
+    }
+    let built = softcuda::layout::beside_this_program().expect("softcuda is built with the tests");
+    let path = CString::new(built.as_os_str().as_bytes()).expect("a path has no NUL");
+    // SAFETY: the library was built with these tests; its initialisers do nothing but set it up.
+    let opened = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+    assert!(!opened.is_null(), "{} does not open", built.display());
+    // SAFETY: the library is open, the name is one that it exports.
+    let fault = unsafe { libc::dlsym(opened, c"softcudaFault".as_ptr()) };
+    assert!(!fault.is_null(), "softcuda exports softcudaFault");
+    // SAFETY: that is its type in softcuda's README.
+    unsafe { std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn(*const c_char) -> c_uint>(fault) }
+}
+
+pub(super) fn device(settings: &ArenaSettings, faults: Arc<FaultPlan>, patience: Duration) -> CudaDevice {
+    let driver = &loaded().driver;
+    CudaDevice::open(driver, &CudaSelector::Number(0), settings, faults, patience).expect("the device opens")
+}
+
+/// Orders a fault; tells whether this is softcuda, where that can be had.
+#[must_use]
+fn order(fault: &str) -> bool {
+    let Some(call) = loaded().fault else {
+        println!("skipped: a real driver takes no orders for faults");
+        return false;
+    };
+    let order = CString::new(fault).unwrap();
+    // SAFETY: a C string that lives through the call.
+    assert_eq!(unsafe { call(order.as_ptr()) }, 0, "softcuda does not know the order '{fault}'");
+    true
+}
+
+fn bench_with(patience: Duration) -> Bench {
+    let faults = Arc::new(FaultPlan::default());
+    let settings =
+        |name| ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new(name, Bytes(4 << 20)) };
+    let device = device(&settings("hbm:0"), Arc::clone(&faults), patience);
+    let pinned = device.page_locked(&settings("pinned")).unwrap();
+    let owner = Owner { tenant: "acme".parse().unwrap(), birth: Birth::from_random(1) };
+    Bench { owner, pinned, device: Arc::new(device), faults }
+}
+
+fn copy(bench: &Bench, sources: &[Block]) -> Result<Vec<Block>, TransferError> {
+    let transfer = bench.device.submit(Direction::In, bench.jobs(sources))?;
+    block_on(transfer)
+}
+
+#[test]
+fn a_fault_of_the_driver_fences_with_its_reason() {
+    // (what is ordered, what the reason must say): an error at the call, one that comes when the copy runs, a code that
+    // no binding knows, a device that is gone, an event that cannot be asked for.
+    let cases = [
+        ("cuMemcpyHtoDAsync_v2 fail 1", "cuMemcpyHtoDAsync_v2 answered 1 (CUDA_ERROR_INVALID_VALUE)"),
+        ("cuMemcpyHtoDAsync_v2 async-sticky 700", "700 (CUDA_ERROR_ILLEGAL_ADDRESS)"),
+        ("cuMemcpyHtoDAsync_v2 sticky 214", "214 (CUDA_ERROR_ECC_UNCORRECTABLE)"),
+        ("cuMemcpyHtoDAsync_v2 fail 4711", "4711 (unknown): a code that this driver does not explain"),
+        ("lose 999", "999 (CUDA_ERROR_UNKNOWN)"),
+        ("cuEventQuery sticky 719", "cuEventQuery answered 719 (CUDA_ERROR_LAUNCH_FAILED)"),
+        ("cuEventRecord fail 2", "cuEventRecord answered 2 (CUDA_ERROR_OUT_OF_MEMORY)"),
+    ];
+    for (fault, reason) in cases {
+        let bench = bench_with(PATIENCE);
+        let source = bench.filled(3);
+        assert!(copy(&bench, std::slice::from_ref(&source)).is_ok(), "before '{fault}'");
+        if !order(fault) {
+            return;
+        }
+        let error = copy(&bench, std::slice::from_ref(&source)).unwrap_err();
+        assert!(matches!(error.cause, DeviceError::Fenced(_)), "{fault}: {error}");
+        let DeviceState::Fenced(told) = bench.device.state() else { panic!("'{fault}' did not fence") };
+        assert!(told.contains(reason), "'{fault}' told: {told}");
+        assert!(copy(&bench, &[source]).is_err(), "a fenced device took work after '{fault}'");
+        drop(error);
+        assert_eq!(bench.device.arena().figures().used, Bytes(0), "after '{fault}'");
+        drop(bench);
+        assert!(order("clear"));
+        reset_after(fault);
+    }
+}
+
+/// A context that was broken is used by the next test of this process: its last user must be gone first.
+fn reset_after(fault: &str) {
+    let settings = ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new("probe", Bytes(1 << 20)) };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let opened = CudaDevice::open(
+            &loaded().driver,
+            &CudaSelector::Number(0),
+            &settings,
+            Arc::new(FaultPlan::default()),
+            PATIENCE,
+        );
+        match opened {
+            Ok(_) => return,
+            Err(error) => {
+                assert!(Instant::now() < deadline, "the device never came back after '{fault}': {error}")
+            }
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_device_that_hangs_is_fenced_and_keeps_what_it_may_still_write() {
+    let bench = bench_with(Duration::from_millis(200));
+    let source = bench.filled(7);
+    if !order("hang") {
+        return;
+    }
+    let transfer = bench.device.submit(Direction::In, bench.jobs(std::slice::from_ref(&source))).unwrap();
+    drop(source);
+    let error = block_on(transfer).unwrap_err();
+    assert!(error.cause.to_string().contains("it hangs: an event has not passed within 200ms"), "{error}");
+    assert!(error.targets.is_empty(), "memory came back that a copy may still write");
+    assert!(bench.pinned.figures().used > Bytes(0), "memory was given back that a copy may still read");
+    assert!(order("resume"));
+    let deadline = Instant::now() + PATIENCE;
+    while bench.pinned.figures().used > Bytes(0) || bench.device.arena().figures().used > Bytes(0) {
+        assert!(Instant::now() < deadline, "the memory never came back");
+        std::thread::yield_now();
+    }
+    assert!(matches!(bench.device.state(), DeviceState::Fenced(_)), "a device that hung serves again");
+}
+
+#[test]
+fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
+    let bench = bench_with(PATIENCE);
+    let source = bench.filled(9);
+    if !order("cuMemcpyHtoDAsync_v2 corrupt 12345") {
+        return;
+    }
+    let error = copy(&bench, std::slice::from_ref(&source)).unwrap_err();
+    assert!(matches!(error.cause, DeviceError::Corrupt(_)), "{error}");
+    assert!(copy(&bench, &[source]).is_ok());
+    assert_eq!(bench.device.state(), DeviceState::Up);
+}
+
+#[test]
+fn what_cannot_be_given_back_neither_panics_nor_fences() {
+    let bench = bench_with(PATIENCE);
+    let source = bench.filled(9);
+    if !order(
+        "cuEventDestroy_v2 fail 4 times=0; cuMemFree_v2 fail 4 times=0; cuStreamDestroy_v2 fail 4 times=0",
+    ) {
+        return;
+    }
+    for _ in 0..3 {
+        assert!(copy(&bench, std::slice::from_ref(&source)).is_ok());
+    }
+    assert_eq!(bench.device.state(), DeviceState::Up);
+}
+
+#[test]
+fn devices_and_memory_that_are_not_there_are_named() {
+    let open = |selector: &CudaSelector, bytes: u64| {
+        let settings = ArenaSettings::new("hbm:0", Bytes(bytes));
+        let opened = CudaDevice::open(&loaded().driver, selector, &settings, Arc::default(), PATIENCE);
+        opened.unwrap_err().to_string()
+    };
+    let error = open(&CudaSelector::Number(99), 4 << 20);
+    assert!(error.starts_with("there is no cuda:99; the driver shows cuda:0 ("), "{error}");
+    let gone = "MIG-0123abcd-0000-0000-0000-000000000000";
+    let error = open(&CudaSelector::Uuid(gone.to_owned()), 4 << 20);
+    assert!(error.starts_with(&format!("there is no {gone}; the driver shows cuda:0 (")), "{error}");
+    let error = open(&CudaSelector::Number(0), 1 << 50);
+    assert!(
+        error.contains("1024TiB of cuda:0 were asked for") && error.contains("are free: ask for less"),
+        "{error}"
+    );
+    let error = open(&CudaSelector::Number(0), 1);
+    assert!(error.contains("an arena needs at least"), "{error}");
+}
+
+#[test]
+fn a_device_is_found_by_its_uuid() {
+    let driver = &loaded().driver;
+    let found = driver.devices().unwrap();
+    let settings = ArenaSettings::new("hbm:0", Bytes(4 << 20));
+    let uuid = CudaSelector::Uuid(format!("GPU-{}", found[0].uuid));
+    let device = CudaDevice::open(driver, &uuid, &settings, Arc::default(), PATIENCE).unwrap();
+    assert_eq!(device.found(), &found[0]);
+    assert!(found[0].memory > Bytes(0) && !found[0].name.is_empty() && driver.version().unwrap() >= 12_000);
+}
+
+/// This test again in a process of its own, with that environment; what it printed.
+fn child(test: &str, word: &str, environment: &[(&str, &str)]) -> String {
+    let path = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([path.as_str(), "--exact", "--nocapture"]).env(CHILD, word);
+    let ended = command.envs(environment.iter().copied()).output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+    let complained = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success() && said.contains("1 passed"), "{word}: {said}\n{complained}");
+    said + &complained
+}
+
+#[test]
+fn a_driver_that_will_not_do_says_what_to_do() {
+    if std::env::var_os(CHILD).is_some() {
+        open_softcuda();
+        let opened = CudaDriver::load().and_then(|driver| {
+            let settings = ArenaSettings::new("hbm:0", Bytes(4 << 20));
+            CudaDevice::open(&driver, &CudaSelector::Number(0), &settings, Arc::default(), PATIENCE)
+        });
+        println!("told: {}", opened.unwrap_err());
+        return;
+    }
+    let cases = [
+        ("driver=11080", "the CUDA driver speaks CUDA 11.8, 12.0 is needed: install driver 525 or newer"),
+        ("pools=0", "cuda:0 has no stream-ordered memory pools"),
+        ("init_error=999", "cuInit answered 999 (CUDA_ERROR_UNKNOWN)"),
+    ];
+    for (machine, told) in cases {
+        let said =
+            child("a_driver_that_will_not_do_says_what_to_do", machine, &[("SOFTCUDA_DEVICES", machine)]);
+        assert!(said.contains(told), "{machine}: {said}");
+    }
+}
+
+/// The test of the tests: with the wait for events taken out, the driver sees the race and verification the poison.
+#[test]
+fn a_copy_that_is_not_waited_for_does_not_pass_for_sound() {
+    const NAME: &str = "a_copy_that_is_not_waited_for_does_not_pass_for_sound";
+    let Some(word) = std::env::var_os(CHILD) else {
+        let races = ("SOFTCUDA_RACES", "report");
+        let said = child(NAME, "as it is", &[races]);
+        assert!(!said.contains("softcuda: race") && said.contains("came as sound"), "{said}");
+        let said = child(NAME, "planted", &[races]);
+        assert!(said.contains("softcuda: race") && said.contains("came as corrupt"), "{said}");
+        return;
+    };
+    let bench = bench_with(PATIENCE);
+    bench.faults.waits_for_nothing.store(word == "planted", Ordering::SeqCst);
+    let source = bench.filled(5);
+    assert!(order("cuMemcpyHtoDAsync_v2 delay 100"), "this test is softcuda's");
+    match copy(&bench, &[source]) {
+        Ok(_) => println!("came as sound"),
+        Err(TransferError { cause: DeviceError::Corrupt(_), .. }) => println!("came as corrupt"),
+        Err(error) => panic!("{error}"),
+    }
+}
