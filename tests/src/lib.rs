@@ -11,9 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keepwarm_api::{ApiState, Credentials, router, serve};
-use keepwarm_config::{BatchConfig, Config, DeviceKind, GpuConfig, ModelConfig, SingleNode, TenantConfig};
+use keepwarm_config::{BatchConfig, Config, ModelConfig, SingleNode, TenantConfig};
 use keepwarm_engine::serve::Service;
 use keepwarm_node::{Handle, Node};
+use keepwarm_test_devices::gpus;
 use keepwarm_types::Bytes;
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
@@ -86,11 +87,10 @@ impl Server {
             instances: (1, 1),
             batch: BatchConfig::default(),
         };
-        let gpu = GpuConfig { device: DeviceKind::Host, memory: Bytes(setup.hbm) };
         let mut config = Config::single(SingleNode {
             name: "n1".parse().unwrap(),
             http: "127.0.0.1:0".to_owned(),
-            gpus: vec![gpu.clone(), gpu],
+            gpus: gpus(Bytes(setup.hbm), 2),
             pinned: Bytes(setup.pinned),
             data_dir: folder.map(Path::to_owned),
             models: vec![model.clone()],

@@ -1,6 +1,7 @@
-//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `chaos`, `softcuda`.
+//! Developer commands: `cargo xtask test`, `tidy`, `bench`, `sim`, `chaos`, `softcuda`, `kernels`.
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
+mod kernels;
 mod softcuda;
 mod test;
 mod tidy;
@@ -47,6 +48,8 @@ enum Task {
     },
     /// Runs a command on the software CUDA driver: `--gpus 2 --memory 1GiB -- COMMAND ...`; see its README.
     Softcuda(softcuda::SoftcudaOptions),
+    /// Compiles `kernels/*.cu` to `kernels/ptx`, and says what each kernel takes; needs Python, no GPU and no CUDA.
+    Kernels(kernels::KernelsOptions),
 }
 
 /// The repository's root.
@@ -82,6 +85,7 @@ fn run(options: &Options) -> Result<bool> {
         Task::Sim { options } => cargo_run("keepwarm-tests", "sim", options),
         Task::Chaos { options } => chaos(options),
         Task::Softcuda(options) => softcuda::run(&root(), options),
+        Task::Kernels(options) => kernels::run(&root(), options),
     }
 }
 

@@ -45,12 +45,7 @@ pub(crate) fn run(root: &Path, options: &SoftcudaOptions) -> Result<bool> {
     let mut command = Command::new(program);
     command.args(arguments).env("SOFTCUDA_DEVICES", devices);
     command.env("LD_LIBRARY_PATH", std::env::join_paths(search).context("LD_LIBRARY_PATH")?);
-    let sources = kernel_sources(&root.join("kernels"))?;
-    if !sources.is_empty() {
-        let object = folder.join("kernels.so");
-        softcuda::kernels::compile(&sources, &object, &[])?;
-        command.env("SOFTCUDA_KERNELS", object);
-    }
+    command.env("SOFTCUDA_KERNELS", kernels(root, &folder)?);
     let status = command.status().with_context(|| format!("{program} could not be started"))?;
     if !status.success() {
         println!("{program} ended with {status}");
@@ -58,18 +53,10 @@ pub(crate) fn run(root: &Path, options: &SoftcudaOptions) -> Result<bool> {
     Ok(status.success())
 }
 
-/// The kernels' sources, of which there may be none.
-fn kernel_sources(folder: &Path) -> Result<Vec<PathBuf>> {
-    if !folder.is_dir() {
-        return Ok(Vec::new());
-    }
-    let mut sources = Vec::new();
-    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            sources.push(path);
-        }
-    }
-    sources.sort();
-    Ok(sources)
+/// The kernels, compiled for the CPU into a folder.
+pub(crate) fn kernels(root: &Path, folder: &Path) -> Result<PathBuf> {
+    let sources = crate::kernels::files(&root.join("kernels"), "cu")?;
+    let object = folder.join("kernels.so");
+    softcuda::kernels::compile(&sources, &object, &[])?;
+    Ok(object)
 }

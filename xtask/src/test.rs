@@ -1,6 +1,6 @@
 //! The test command: one release build for tests, demo and binary; a summary that hides nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,9 @@ pub(crate) struct TestOptions {
     /// Only formatting, lints and tidy.
     #[arg(long)]
     quick: bool,
+    /// Only the suites that run on a GPU, on this machine's.
+    #[arg(long, conflicts_with = "quick")]
+    gpu: bool,
     /// Only tests whose name contains this.
     filter: Option<String>,
 }
@@ -34,6 +37,24 @@ impl Steps {
         let outcome = work();
         self.done.push((name, outcome, started.elapsed()));
     }
+
+    /// Says how each step ended; true if none failed.
+    fn summary(&self) -> bool {
+        println!("\n== summary");
+        let mut green = true;
+        for (name, outcome, took) in &self.done {
+            let word = match outcome {
+                Outcome::Passed => "passed".to_owned(),
+                Outcome::Failed(reason) => {
+                    green = false;
+                    format!("FAILED: {reason}")
+                }
+                Outcome::Skipped(reason) => format!("skipped: {reason}"),
+            };
+            println!("{name:<14} {:>6.1} s  {word}", took.as_secs_f64());
+        }
+        green
+    }
 }
 
 fn command(root: &Path, program: &str, arguments: &[&str]) -> Outcome {
@@ -52,6 +73,10 @@ fn has(program: &str, arguments: &[&str]) -> bool {
 /// Runs everything; true if nothing failed.
 pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
     let mut steps = Steps { done: Vec::new() };
+    if options.gpu {
+        steps.step("gpu", || on_device(root, "gpu", GPU_SUITES));
+        return Ok(steps.summary());
+    }
     steps.step("format", || command(root, "cargo", &["fmt", "--all", "--check"]));
     steps.step("lints", || {
         command(
@@ -69,6 +94,8 @@ pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
         steps.step("dependencies", || dependencies(root));
         steps.step("weights", || weights(root));
         steps.step("tests", || tests(root, options.filter.as_deref()));
+        steps.step("kernels", || kernels(root));
+        steps.step("softcuda", || on_device(root, "softcuda", DEVICE_SUITES));
         steps.step("interleavings", || {
             let test = ["--package", "keepwarm-memory", "--features", "shuttle", "--test", "interleavings"];
             command(root, "cargo", &[&["test", "--release"][..], &test].concat())
@@ -78,20 +105,7 @@ pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
             command(root, "cargo", &["test", "--release", "--workspace", "--doc", "--quiet"])
         });
     }
-    println!("\n== summary");
-    let mut green = true;
-    for (name, outcome, took) in &steps.done {
-        let word = match outcome {
-            Outcome::Passed => "passed".to_owned(),
-            Outcome::Failed(reason) => {
-                green = false;
-                format!("FAILED: {reason}")
-            }
-            Outcome::Skipped(reason) => format!("skipped: {reason}"),
-        };
-        println!("{name:<14} {:>6.1} s  {word}", took.as_secs_f64());
-    }
-    Ok(green)
+    Ok(steps.summary())
 }
 
 fn dependencies(root: &Path) -> Outcome {
@@ -137,6 +151,18 @@ fn weights(root: &Path) -> Outcome {
     }
 }
 
+/// The committed PTX against what its sources compile to.
+fn kernels(root: &Path) -> Outcome {
+    if let Err(error) = crate::kernels::fetch(root) {
+        return Outcome::Skipped(format!("{error:#}"));
+    }
+    match crate::kernels::run(root, &crate::kernels::KernelsOptions { check: true }) {
+        Ok(true) => Outcome::Passed,
+        Ok(false) => Outcome::Failed("see above".to_owned()),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
+}
+
 /// The OpenAI API through OpenAI's own client, which pip fetches into the target folder.
 fn python_client(root: &Path) -> Outcome {
     const PACKAGE: &str = "openai==3.57.0";
@@ -159,6 +185,45 @@ fn python_client(root: &Path) -> Outcome {
         Ok(status) if status.success() => Outcome::Passed,
         Ok(status) => Outcome::Failed(format!("the client's checks ended with {status}")),
         Err(error) => Outcome::Failed(format!("python3 could not be started: {error}")),
+    }
+}
+
+/// Tests that run on any device; the memory crate's own suite goes over the host's and softcuda by itself.
+const DEVICE_SUITES: &str =
+    "package(keepwarm-node) + package(keepwarm-engine) + binary(api) + binary(archives)";
+/// And on a real one.
+const GPU_SUITES: &str = "package(keepwarm-memory) + package(keepwarm-node) + package(keepwarm-engine) + binary(api) + binary(archives)";
+
+/// The kernels for the CPU, beside this program.
+fn softcuda_kernels(root: &Path) -> Result<PathBuf> {
+    let library = softcuda::layout::beside_this_program()?;
+    crate::softcuda::kernels(root, library.parent().unwrap_or(root))
+}
+
+/// Tests of nodes and engines again, on other GPUs than the host's memory.
+fn on_device(root: &Path, device: &str, suites: &str) -> Outcome {
+    if !has("cargo", &["nextest", "--version"]) {
+        return Outcome::Skipped(
+            "cargo-nextest is not installed: cargo install cargo-nextest --locked".to_owned(),
+        );
+    }
+    // All of the workspace, so that nothing is built twice.
+    let mut arguments = vec!["nextest", "run", "--release", "--workspace", "--filterset", suites];
+    if std::env::var_os("CI").is_some() {
+        arguments.extend(["--profile", "ci"]);
+    }
+    println!("   KEEPWARM_TEST_DEVICE={device} cargo {}", arguments.join(" "));
+    let mut command = Command::new("cargo");
+    if device == "softcuda" {
+        match softcuda_kernels(root) {
+            Ok(object) => drop(command.env("SOFTCUDA_KERNELS", object)),
+            Err(error) => return Outcome::Failed(format!("{error:#}")),
+        }
+    }
+    match command.args(arguments).env("KEEPWARM_TEST_DEVICE", device).current_dir(root).status() {
+        Ok(status) if status.success() => Outcome::Passed,
+        Ok(status) => Outcome::Failed(format!("tests on {device} ended with {status}")),
+        Err(error) => Outcome::Failed(format!("cargo could not be started: {error}")),
     }
 }
 

@@ -8,8 +8,8 @@ use keepwarm_types::{Bytes, NodeName, ShardCount, TenantName};
 use toml::de::DeTable;
 
 use crate::config::{
-    BatchConfig, Config, DegradedWrites, GpuConfig, ModelConfig, NodeConfig, SUSPECT_AFTER, SyncMode,
-    TenantConfig, TierConfig, TlsConfig, WRITE_DEADLINE,
+    BatchConfig, Config, DegradedWrites, DeviceKind, GpuConfig, ModelConfig, NodeConfig, SUSPECT_AFTER,
+    SyncMode, TenantConfig, TierConfig, TlsConfig, WRITE_DEADLINE,
 };
 use crate::error::{ConfigErrors, LoadError};
 use crate::section::{Notes, Section};
@@ -249,7 +249,16 @@ fn node(section: &Section<'_, '_>) -> Option<NodeConfig> {
     let http = required(section, "http", address(section, "http"));
     let voter = section.flag("voter").unwrap_or(false);
     let pinned = required(section, "pinned", pinned(section, voter));
-    let gpus: Vec<_> = section.sections("gpu").iter().filter_map(gpu).collect();
+    let mut gpus: Vec<GpuConfig> = Vec::new();
+    for section in section.sections("gpu") {
+        let Some(gpu) = gpu(&section) else { continue };
+        match gpus.iter().position(|other| other.device == gpu.device && gpu.device != DeviceKind::Host) {
+            Some(first) => {
+                section.bad("device", format!("{} is gpu[{first}] of this node already", gpu.device))
+            }
+            None => gpus.push(gpu),
+        }
+    }
     let peer = address(section, "peer").map(str::to_owned);
     let (zone, data_dir) = (section.string("zone"), section.string("data_dir"));
     Some(NodeConfig {

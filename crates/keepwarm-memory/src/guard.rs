@@ -78,6 +78,8 @@ impl Drop for Memory {
 pub(crate) struct Place {
     /// Where it begins.
     pub(crate) address: u64,
+    /// Where the memory begins that was reserved with it: what lies in one reservation may be moved by one call.
+    pub(crate) region: u64,
     /// The device context that it lies in; none for memory of the host.
     pub(crate) context: Option<usize>,
 }
@@ -85,7 +87,7 @@ pub(crate) struct Place {
 impl Memory {
     fn place(&self) -> Place {
         let region = &self.arena.region;
-        Place { address: region.address() + self.offset, context: region.context() }
+        Place { address: region.address() + self.offset, region: region.address(), context: region.context() }
     }
 }
 

@@ -13,6 +13,7 @@ mod arena;
 mod checksum;
 mod device;
 mod fault;
+pub mod fp8;
 mod guard;
 mod region;
 mod sync;
@@ -20,7 +21,7 @@ mod sync;
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 #[cfg(feature = "cuda")]
-pub use device::{CUDA_PATIENCE, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
+pub use device::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use device::{
     Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape,
     STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,

@@ -1,7 +1,9 @@
-//! The description of the machine that is played: GPUs, MIG instances, driver. Parsed from the environment
+//! The description of the machine that is played: GPUs, MIG instances, driver. Parsed from the settings
 //! once, at `cuInit`; owns no state.
 
 use serde::Deserialize;
+
+use crate::settings;
 
 /// GPUs that a description may have: as many as the largest single hosts.
 pub const DEVICES_MAX: usize = 64;
@@ -92,8 +94,8 @@ struct Mig {
 
 impl Machine {
     /// From `SOFTCUDA_DEVICES` (inline where it has a `=`, else a file's path) and `CUDA_VISIBLE_DEVICES`.
-    pub fn from_environment() -> Result<Self, DescriptionError> {
-        let text = std::env::var("SOFTCUDA_DEVICES").unwrap_or_default();
+    pub fn from_settings() -> Result<Self, DescriptionError> {
+        let text = settings::get("SOFTCUDA_DEVICES").unwrap_or_default();
         let machine = if text.contains('=') || text.is_empty() {
             inline(&text)?
         } else {
@@ -102,7 +104,7 @@ impl Machine {
             file(&content, text.ends_with(".json"))
                 .map_err(|error| DescriptionError(format!("SOFTCUDA_DEVICES: file '{text}': {error}")))?
         };
-        build(machine, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())
+        build(machine, settings::get("CUDA_VISIBLE_DEVICES").as_deref())
     }
 
     /// From the inline form alone, as in `gpus=2,memory=1GiB`.
@@ -126,7 +128,7 @@ fn file(content: &str, json: bool) -> Result<File, DescriptionError> {
 
 fn inline(text: &str) -> Result<File, DescriptionError> {
     let mut gpu = Gpu::default();
-    let (mut gpus, mut migs) = (1_usize, 0_usize);
+    let (mut gpus, mut migs, mut own) = (1_usize, 0_usize, false);
     let mut machine = File { driver_version: None, driver: None, init_error: None, gpu: Vec::new() };
     for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {
@@ -148,13 +150,14 @@ fn inline(text: &str) -> Result<File, DescriptionError> {
             "peers" if value == "none" => gpu.peers = Some(Vec::new()),
             "peers" if value == "all" => gpu.peers = None,
             "mig" => migs = number("mig")?,
+            "uuids" if value == "process" => own = true,
             "driver" if value.parse::<i32>().is_ok() => machine.driver_version = value.parse().ok(),
             "driver" => machine.driver = Some(value.to_owned()),
             "init_error" => machine.init_error = u32::try_from(number("init_error")?).ok(),
             _ => {
                 return refuse(format!(
                     "SOFTCUDA_DEVICES: '{pair}' is not known; use gpus, memory, name, sm, multiprocessors, pools=0|1, \
-                     peers=all|none, mig, driver=VERSION|missing, init_error, or name a TOML or JSON file"
+                     peers=all|none, mig, uuids=process, driver=VERSION|missing, init_error, or name a TOML or JSON file"
                 ));
             }
         }
@@ -175,6 +178,17 @@ fn inline(text: &str) -> Result<File, DescriptionError> {
         return refuse(format!("SOFTCUDA_DEVICES: {gpus} GPUs are more than {DEVICES_MAX}"));
     }
     machine.gpu = vec![gpu; gpus];
+    if own {
+        for (index, gpu) in machine.gpu.iter_mut().enumerate() {
+            let uuid = |instance: usize| {
+                format!("{:08x}-0000-4000-80{instance:02x}-{index:012x}", std::process::id())
+            };
+            gpu.uuid = Some(uuid(0));
+            for (number, mig) in gpu.mig.iter_mut().enumerate() {
+                mig.uuid = Some(uuid(number + 1));
+            }
+        }
+    }
     Ok(machine)
 }
 

@@ -16,6 +16,7 @@ use crate::module::{Function, Module};
 use crate::operation::{Effects, Operation, Work};
 use crate::races::{Clock, Detector, Policy, Stamp};
 use crate::report;
+use crate::settings;
 use crate::stream::{Gate, Marker, Stream};
 use crate::trace::Trace;
 
@@ -117,13 +118,13 @@ impl Driver {
         DRIVER.get().and_then(|driver| driver.as_ref().ok())
     }
 
-    /// What `cuInit` does: reads the environment once.
+    /// What `cuInit` does: reads the settings once.
     pub(crate) fn init() -> Answer<&'static Self> {
-        DRIVER.get_or_init(Self::from_environment).as_ref().map_err(|code| *code)
+        DRIVER.get_or_init(Self::from_settings).as_ref().map_err(|code| *code)
     }
 
-    fn from_environment() -> Answer<Self> {
-        let machine = Machine::from_environment().map_err(|error| {
+    fn from_settings() -> Answer<Self> {
+        let machine = Machine::from_settings().map_err(|error| {
             report::say(&error.to_string());
             Code::INVALID_VALUE
         })?;
@@ -137,21 +138,21 @@ impl Driver {
             report::say(&message);
             Code::INVALID_VALUE
         };
-        let policy = match std::env::var("SOFTCUDA_RACES").as_deref() {
-            Err(_) | Ok("report" | "") => Policy::Report,
-            Ok("off") => Policy::Off,
-            Ok("abort") => Policy::Abort,
-            Ok(other) => return Err(refuse(format!("SOFTCUDA_RACES='{other}': use report, abort or off"))),
+        let policy = match settings::get("SOFTCUDA_RACES").as_deref() {
+            None | Some("report" | "") => Policy::Report,
+            Some("off") => Policy::Off,
+            Some("abort") => Policy::Abort,
+            Some(other) => return Err(refuse(format!("SOFTCUDA_RACES='{other}': use report, abort or off"))),
         };
         // Read where kernels run; refused here, where somebody sees it.
-        match std::env::var("SOFTCUDA_KERNEL_ORDER").as_deref() {
-            Err(_) | Ok("up" | "down" | "") => {}
-            Ok(other) => return Err(refuse(format!("SOFTCUDA_KERNEL_ORDER='{other}': use up or down"))),
+        match settings::get("SOFTCUDA_KERNEL_ORDER").as_deref() {
+            None | Some("up" | "down" | "") => {}
+            Some(other) => return Err(refuse(format!("SOFTCUDA_KERNEL_ORDER='{other}': use up or down"))),
         }
-        let trace = Trace::new(std::env::var("SOFTCUDA_TRACE").ok().as_deref()).map_err(refuse)?;
+        let trace = Trace::new(settings::get("SOFTCUDA_TRACE").as_deref()).map_err(refuse)?;
         let memories: Vec<u64> = machine.devices.iter().map(|device| device.memory).collect();
         let driver = Self::new(machine, Space::new(&memories)?, Detector::new(policy), trace)?;
-        driver.order(&std::env::var("SOFTCUDA_FAULTS").unwrap_or_default()).map_err(refuse)?;
+        driver.order(&settings::get("SOFTCUDA_FAULTS").unwrap_or_default()).map_err(refuse)?;
         Ok(driver)
     }
 

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use crate::error::{Answer, Code};
 use crate::report;
+use crate::settings;
 
 /// Bytes of PTX that are read for its end.
 const PTX_MAX: usize = 256 << 20;
@@ -47,7 +48,7 @@ static OBJECT: OnceLock<Option<usize>> = OnceLock::new();
 /// The shared object named by `SOFTCUDA_KERNELS`, opened once.
 fn object() -> Answer<usize> {
     let open = || {
-        let Ok(path) = std::env::var("SOFTCUDA_KERNELS") else {
+        let Some(path) = settings::get("SOFTCUDA_KERNELS") else {
             report::say(
                 "SOFTCUDA_KERNELS is not set: it names the shared object that softcuda-kernels makes of .cu files",
             );

@@ -70,7 +70,7 @@ const OWNED: &[(&str, &[&str])] = &[
 ];
 
 /// Crates outside `crates/`, and the binary, may import what they need.
-const FREE: &[&str] = &["keepwarm", "keepwarm-tests", "keepwarm-benches", "xtask"];
+const FREE: &[&str] = &["keepwarm", "keepwarm-tests", "keepwarm-test-devices", "keepwarm-benches", "xtask"];
 
 pub(super) fn check(root: &Path) -> Result<Vec<Finding>> {
     let metadata = MetadataCommand::new()

@@ -46,6 +46,18 @@ fn a_whole_file_reads_into_types() {
 }
 
 #[test]
+fn a_gpu_is_a_nodes_once() {
+    let text = WHOLE.replace(
+        "[[tenant]]",
+        "[[node.gpu]]\ndevice = \"host\"\nmemory = \"1GiB\"\n[[node.gpu]]\ndevice = \"cuda:0\"\nmemory = \"1GiB\"\n[[tenant]]",
+    );
+    assert_eq!(
+        errors(&text),
+        "cluster.toml:20:10: node[0].gpu[2].device: cuda:0 is gpu[0] of this node already"
+    );
+}
+
+#[test]
 fn the_shipped_example_is_valid() {
     let text = include_str!("../../../../cluster.toml");
     Config::parse("cluster.toml", text).unwrap();

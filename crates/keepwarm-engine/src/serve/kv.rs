@@ -1,6 +1,7 @@
 //! A sequence's state in a GPU's memory: shared sealed blocks, then working blocks of its own.
 //!
-//! On a host device the CPU engine computes in place: what it writes is the GPU's memory.
+//! On a host device the CPU engine computes in place: what it writes is the GPU's memory. Elsewhere the blocks lie in a
+//! region of the host's that the node copies from the GPU and, once they are sealed, to it.
 
 use half::f16;
 use keepwarm_memory::{Block, BlockMut, PlaneShape, gather, scatter};
@@ -59,6 +60,11 @@ impl GpuKv {
         let shared: Vec<_> = blocks.get(..whole)?.to_vec();
         let full = |block: &Block| block.length() == shape.block_bytes() && block.bytes(&owner).is_ok();
         shared.iter().all(full).then_some(Self { shape, owner, shared, own: working, spare })
+    }
+
+    /// Whose state it is.
+    pub(super) fn owner(&self) -> &Owner {
+        &self.owner
     }
 
     /// Number of the first working block.

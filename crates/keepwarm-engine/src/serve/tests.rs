@@ -1,9 +1,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use keepwarm_config::{BatchConfig, Config, DeviceKind, GpuConfig, ModelConfig, SingleNode};
+use keepwarm_config::{BatchConfig, Config, ModelConfig, SingleNode};
 use keepwarm_core::session::Etag;
 use keepwarm_node::{Handle, Node};
+use keepwarm_test_devices::gpus;
 use keepwarm_types::{Bytes, SessionId, SessionKey, Source, Tier};
 use uuid::Uuid;
 
@@ -31,7 +32,7 @@ async fn bench(folder: Option<&Path>, hbm: u64) -> Bench {
     let config = Config::single(SingleNode {
         name: "n1".parse().unwrap(),
         http: "127.0.0.1:0".to_owned(),
-        gpus: vec![GpuConfig { device: DeviceKind::Host, memory: Bytes(hbm) }],
+        gpus: gpus(Bytes(hbm), 1),
         pinned: Bytes(32 << 20),
         data_dir: folder.map(Path::to_owned),
         models: vec![model.clone()],

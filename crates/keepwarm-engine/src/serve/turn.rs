@@ -373,9 +373,11 @@ impl Inner {
     ) -> Option<State> {
         let g = served.model.geometry();
         let count = tokens.div_ceil(g.tokens_per_block) - cached / g.tokens_per_block + 1;
+        let uncached = |error: &Error| tracing::info!(%error, "a turn runs uncached");
+        let blocks = self.handle.on_cpu(owner, gpu, blocks).await.inspect_err(uncached).ok()?;
         let working = self.handle.scratch(owner, gpu, Bytes(g.block_bytes() as u64), count).await;
-        let working = working.inspect_err(|error| tracing::info!(%error, "a turn runs uncached")).ok()?;
-        GpuKv::new(shape(g), owner.clone(), blocks, cached, working).map(State::Gpu)
+        let working = working.inspect_err(uncached).ok()?;
+        GpuKv::new(shape(g), owner.clone(), &blocks, cached, working).map(State::Gpu)
     }
 
     /// Gives back what a turn held that will not be committed.
@@ -408,14 +410,18 @@ impl Inner {
             State::Heap(_) => Vec::new(),
             State::Gpu(kv) => {
                 let first = kv.first_own();
+                let owner = kv.owner().clone();
                 let blocks = kv.seal(outcome.fed).map_err(Error::Internal)?;
                 let length = Bytes((outcome.fed * served.model.geometry().kv_bytes_per_token()) as u64);
-                vec![TurnPart {
-                    part: 0,
-                    first_block: u32::try_from(first).unwrap_or(u32::MAX),
-                    blocks,
-                    length,
-                }]
+                let first_block = u32::try_from(first).unwrap_or(u32::MAX);
+                match self.handle.on_gpu(&owner, gpu, blocks).await {
+                    Ok(blocks) => vec![TurnPart { part: 0, first_block, blocks, length }],
+                    Err(error) => {
+                        // The transcript is what counts: the next turn computes the state again.
+                        tracing::warn!(key = %plan.key, %error, "a turn's state did not reach its GPU");
+                        Vec::new()
+                    }
+                }
             }
         };
         let transcript = TranscriptDelta {

@@ -17,7 +17,7 @@ mod steps;
 
 pub use batch::{STREAM_QUEUE_MAX, Transfer};
 #[cfg(feature = "cuda")]
-pub use cuda::{CUDA_PATIENCE, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
+pub use cuda::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use event::Event;
 pub use host::HostDevice;
 pub use planes::{PlaneShape, gather, scatter};

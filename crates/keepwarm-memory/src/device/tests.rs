@@ -1,4 +1,4 @@
-//! One suite for every device: the host's, and CUDA's over softcuda or, with `KEEPWARM_TEST_GPU=1`, over a GPU.
+//! One suite for every device: the host's, and CUDA's over softcuda or, with `KEEPWARM_TEST_DEVICE=gpu`, over a GPU.
 
 #[cfg(feature = "cuda")]
 mod driver;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use keepwarm_core::placement::GpuLoad;
-use keepwarm_memory::{Device, DeviceState};
+use keepwarm_memory::{Arena, CudaClaim, Device, DeviceState};
 use keepwarm_types::{Bytes, GpuIndex};
 
 #[derive(Debug)]
@@ -17,6 +17,10 @@ pub(crate) struct Board {
     dirty: AtomicU64,
     /// Its actor failed too often.
     down: AtomicBool,
+    /// Where an engine on the CPU works, if the device's memory is not the host's.
+    workspace: Option<Arena>,
+    /// Held for as long as the device is used.
+    _claim: Option<CudaClaim>,
 }
 
 impl Board {
@@ -29,7 +33,23 @@ impl Board {
             sessions: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
             down: AtomicBool::new(false),
+            workspace: None,
+            _claim: None,
         }
+    }
+
+    /// The same, and no other process's.
+    pub(crate) fn claimed(self, claim: CudaClaim) -> Self {
+        Self { _claim: Some(claim), ..self }
+    }
+
+    /// The same, with a region of the host for engines that compute on the CPU.
+    pub(crate) fn working_in(self, workspace: Option<Arena>) -> Self {
+        Self { workspace, ..self }
+    }
+
+    pub(crate) fn workspace(&self) -> Option<&Arena> {
+        self.workspace.as_ref()
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn Device> {

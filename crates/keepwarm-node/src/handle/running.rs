@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
 use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
-use keepwarm_memory::{Block, BlockMut};
+use keepwarm_memory::{Block, BlockMut, Direction, Job};
 use keepwarm_types::{
     Bytes, ColdReason, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier,
     Timestamp,
@@ -19,6 +19,7 @@ use super::sessions::verdict;
 use super::view::{Activation, CheckpointInfo, TurnDone, Verdict};
 use crate::checkpoint::Checkpoint;
 use crate::clock::now;
+use crate::copy;
 use crate::error::Error;
 use crate::gpu::{GpuMsg, Kept, Loaded};
 use crate::router::RouterMsg;
@@ -230,11 +231,86 @@ impl Handle {
         }
     }
 
-    /// Mutable HBM blocks for the holder of a lease, to write its model's state into.
+    /// Blocks that the host can read, of blocks on a GPU: these themselves on a host device, else copies in the region
+    /// that engines on the CPU work in.
+    ///
+    /// # Errors
+    /// [`Error::NoCapacity`] where the region is full or there is none, [`Error::Unavailable`], [`Error::Corrupt`].
+    pub async fn on_cpu(&self, owner: &Owner, gpu: GpuIndex, blocks: &[Block]) -> Result<Vec<Block>, Error> {
+        if blocks.iter().all(Block::is_on_host) {
+            return Ok(blocks.to_vec());
+        }
+        let mut jobs = Vec::with_capacity(blocks.len());
+        for source in blocks.iter().cloned() {
+            let target = self.workspace(owner, gpu, source.capacity(), 1)?.pop();
+            jobs.extend(target.map(|target| Job { source, target }));
+        }
+        copy::run(&*self.device(gpu)?, Direction::Out, jobs, "engine").await
+    }
+
+    /// Blocks on a GPU, of blocks that [`Handle::scratch`] gave and the holder of a lease sealed: these themselves on a
+    /// host device, else copies.
+    ///
+    /// # Errors
+    /// [`Error::NoCapacity`] where no room came within two seconds, [`Error::Unavailable`], [`Error::Corrupt`].
+    pub async fn on_gpu(
+        &self,
+        owner: &Owner,
+        gpu: GpuIndex,
+        blocks: Vec<Block>,
+    ) -> Result<Vec<Block>, Error> {
+        let device = self.device(gpu)?;
+        let Some(size) = blocks.iter().map(Block::capacity).max().filter(|_| !device.arena().is_on_host())
+        else {
+            return Ok(blocks);
+        };
+        let targets = self.hbm(owner, gpu, size, blocks.len()).await?;
+        let jobs = blocks.into_iter().zip(targets).map(|(source, target)| Job { source, target }).collect();
+        copy::run(&*device, Direction::In, jobs, "engine").await
+    }
+
+    /// Mutable blocks for the holder of a lease, to write its model's state into on the CPU: HBM on a host device, else
+    /// memory of the host whose blocks go [to the GPU](Handle::on_gpu) once they are sealed.
     ///
     /// # Errors
     /// [`Error::NoCapacity`] where no room came within two seconds.
     pub async fn scratch(
+        &self,
+        owner: &Owner,
+        gpu: GpuIndex,
+        size: Bytes,
+        count: usize,
+    ) -> Result<Vec<BlockMut>, Error> {
+        if self.device(gpu)?.arena().is_on_host() {
+            return self.hbm(owner, gpu, size, count).await;
+        }
+        self.workspace(owner, gpu, size, count)
+    }
+
+    /// Room in the region that engines on the CPU work in. It is not waited for: who has it is another turn, which may
+    /// be a long one.
+    fn workspace(
+        &self,
+        owner: &Owner,
+        gpu: GpuIndex,
+        size: Bytes,
+        count: usize,
+    ) -> Result<Vec<BlockMut>, Error> {
+        let board = self.inner().boards.get(usize::from(gpu.0));
+        let full = |reason: String| Error::NoCapacity {
+            tier: Tier::Pinned,
+            wanted: Bytes(size.0.saturating_mul(count as u64)),
+            reason,
+            retry_after: SCRATCH_WAIT,
+        };
+        match board.and_then(|board| board.workspace()) {
+            Some(arena) => arena.allocate(owner, size, count).map_err(|error| full(error.to_string())),
+            None => Err(full(format!("no engine's region was reserved for GPU {gpu}"))),
+        }
+    }
+
+    /// Mutable blocks in a GPU's own memory.
+    async fn hbm(
         &self,
         owner: &Owner,
         gpu: GpuIndex,

@@ -7,6 +7,7 @@
 //!   fenced). A panic of pinned or router ends the node: [`Node::failed`] resolves.
 
 mod actor;
+mod hardware;
 mod start;
 
 pub use start::{Node, ShutdownReport, StartError};

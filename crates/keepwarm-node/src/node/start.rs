@@ -5,11 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use keepwarm_catalog::{Catalog, CatalogSettings, OpenError, Sync};
-use keepwarm_config::{Config, DeviceKind, SyncMode};
+use keepwarm_config::{Config, SyncMode};
 use keepwarm_core::registry::Member;
-use keepwarm_memory::{
-    Arena, ArenaSettings, Device, FaultPlan, HostDevice, ReserveError, number_instances_for,
-};
+use keepwarm_memory::{CudaError, ReserveError, number_instances_for};
 use keepwarm_transport::Sockets;
 use keepwarm_types::NodeName;
 use ractor::{Actor, ActorRef};
@@ -18,12 +16,12 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::actor::{NodeActor, NodeArgs};
+use super::hardware::{self, Hardware};
 use crate::clock::now;
 use crate::cluster::{IncomingRelay, JoinError, join};
-use crate::gpu::{Board, GpuMsg};
+use crate::gpu::GpuMsg;
 use crate::handle::{Handle, Inner, InnerParts};
 use crate::pinned::PinnedMsg;
-use crate::router::gpu_index;
 use crate::shard::ShardMsg;
 
 /// How often deadlines are looked at. A lease may outlast its time by this much, never end early.
@@ -47,17 +45,17 @@ pub enum StartError {
     /// The node could not take its part in the cluster.
     #[error(transparent)]
     Cluster(#[from] JoinError),
-    /// A device that this version cannot use.
-    #[error(
-        "node '{node}': gpu[{index}].device = \"{device}\": this version drives host devices only; use \"host\""
-    )]
+    /// A device cannot be used.
+    #[error("node '{node}': {key} = \"{value}\": {cause}")]
     Device {
         /// Which node.
         node: NodeName,
-        /// Which GPU.
-        index: usize,
-        /// What was asked for.
-        device: DeviceKind,
+        /// The key that asks for it: `gpu[0].device`, `gpu[0].memory`, `pinned`.
+        key: String,
+        /// What the key says.
+        value: String,
+        /// Why.
+        cause: Box<CudaError>,
     },
     /// Memory could not be reserved.
     #[error("node '{node}': {what}: {cause}")]
@@ -115,26 +113,7 @@ impl Node {
             .node(name)
             .cloned()
             .ok_or_else(|| StartError::UnknownNode { name: name.clone(), known: known() })?;
-        let memory =
-            |what: &str, cause| StartError::Memory { node: name.clone(), what: what.to_owned(), cause };
-        let settings = ArenaSettings::new("pinned", node.pinned).locked();
-        let pinned = Arena::reserve(&settings).map_err(|cause| memory("pinned", cause))?;
-        if let Err(reason) = pinned.locked() {
-            tracing::warn!(%reason, "pinned memory is not locked");
-        }
-        let (mut boards, mut faults) = (Vec::new(), Vec::new());
-        for (index, gpu) in node.gpus.iter().enumerate() {
-            if gpu.device != DeviceKind::Host {
-                return Err(StartError::Device { node: name.clone(), index, device: gpu.device.clone() });
-            }
-            let plan = Arc::new(FaultPlan::default());
-            let settings = ArenaSettings::new(format!("hbm:{index}"), gpu.memory);
-            let device = HostDevice::new(&settings, Arc::clone(&plan));
-            let device = device.map_err(|cause| memory(&format!("gpu[{index}].memory"), cause))?;
-            let device: Arc<dyn Device> = Arc::new(device);
-            boards.push(Arc::new(Board::new(gpu_index(index), device)));
-            faults.push(plan);
-        }
+        let Hardware { pinned, boards, faults } = hardware::open(&config, &node)?;
         let settings = CatalogSettings {
             cluster: config.name.clone(),
             shards: config.shards,

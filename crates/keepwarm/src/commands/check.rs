@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use keepwarm_config::{Bootstrap, Config, DeviceKind, NodeConfig};
+use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector};
 use keepwarm_types::{Bytes, NodeName};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
@@ -199,7 +200,19 @@ fn device(index: usize, device: &DeviceKind) -> Finding {
     let subject = format!("gpu[{index}]");
     match device {
         DeviceKind::Host => finding(&subject, Verdict::Ok, "host memory"),
-        other => finding(&subject, Verdict::Error, format!("{other}: this version drives host devices only")),
+        DeviceKind::Cuda(number) => cuda(&subject, &CudaSelector::Number(*number)),
+        DeviceKind::Mig(uuid) => cuda(&subject, &CudaSelector::Uuid(uuid.clone())),
+    }
+}
+
+fn cuda(subject: &str, selector: &CudaSelector) -> Finding {
+    match CudaDriver::load().and_then(|driver| driver.find(selector)) {
+        Ok(found) => {
+            let CudaFound { name, uuid, memory, capability: (major, minor), .. } = found;
+            let what = format!("{selector}: {name} ({uuid}), {memory}, compute capability {major}.{minor}");
+            finding(subject, Verdict::Ok, what)
+        }
+        Err(error) => finding(subject, Verdict::Error, format!("{selector}: {error}")),
     }
 }
 

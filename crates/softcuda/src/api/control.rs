@@ -7,6 +7,7 @@ use crate::driver::Driver;
 use crate::error::Code;
 use crate::races::Access;
 use crate::report;
+use crate::settings;
 use crate::statistics;
 
 /// Carries fault orders out; the grammar is in the README. 0, or 1 with a line on standard error.
@@ -29,6 +30,22 @@ pub unsafe extern "C" fn softcudaFault(orders: *const c_char) -> u32 {
             Code::INVALID_VALUE.0
         }
     }
+}
+
+/// Sets what an environment variable of that name would set, for the `cuInit` that is still to come. 0, or
+/// `CUDA_ERROR_INVALID_VALUE` where there is no such setting.
+///
+/// # Safety
+/// Both are null or C strings.
+#[unsafe(no_mangle)]
+#[allow(unreachable_pub, reason = "exported under its C name")]
+pub unsafe extern "C" fn softcudaSet(name: *const c_char, value: *const c_char) -> u32 {
+    if name.is_null() || value.is_null() {
+        return Code::INVALID_VALUE.0;
+    }
+    // SAFETY: not null, and by this function's contract C strings.
+    let [name, value] = [name, value].map(|text| unsafe { CStr::from_ptr(text) }.to_string_lossy());
+    if settings::set(&name, value.into_owned()) { 0 } else { Code::INVALID_VALUE.0 }
 }
 
 /// Writes the statistics as JSON with a NUL at the end, as far as they fit, and answers how many bytes they need.

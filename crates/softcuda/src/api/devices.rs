@@ -32,7 +32,7 @@ pub unsafe extern "C" fn cuInit(flags: u32) -> u32 {
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> u32 {
     let told = match Driver::get() {
         Some(driver) => Ok(driver.machine.driver_version),
-        None => crate::describe::Machine::from_environment().map(|machine| machine.driver_version),
+        None => crate::describe::Machine::from_settings().map(|machine| machine.driver_version),
     };
     let answer = told.map_err(|_| Code::INVALID_VALUE).and_then(|told| give(version, told));
     answer.map_or_else(|code| code.0, |()| 0)

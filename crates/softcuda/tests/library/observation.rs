@@ -113,6 +113,7 @@ const BESIDES: &[&str] = &[
     "cuGetErrorString",
     "softcudaFault",
     "softcudaHostAccess",
+    "softcudaSet",
     "softcudaStatistics",
 ];
 

@@ -35,6 +35,16 @@ impl Context {
         Ok(Arc::new(Self { driver: driver.clone(), device, handle }))
     }
 
+    /// Which it is, as [`Place`] names it.
+    pub(super) const fn number(&self) -> usize {
+        self.handle
+    }
+
+    /// Whose it is.
+    pub(super) const fn driver(&self) -> &CudaDriver {
+        &self.driver
+    }
+
     /// Makes it this thread's.
     pub(super) fn enter(&self) -> Result<(), CudaError> {
         call!(self.driver, set_current(self.handle))
@@ -85,7 +95,7 @@ impl DeviceMemory {
         call!(driver, allocate(&raw mut address, bytes as usize)).map_err(refused)?;
         let memory = Self { context: Arc::clone(context), address, bytes };
         let stream = Stream::create(context)?;
-        stream.fill(Place { address, context: Some(context.handle) }, 0, bytes as usize)?;
+        stream.fill(Place { address, region: address, context: Some(context.handle) }, 0, bytes as usize)?;
         stream.settle()?;
         Ok(memory)
     }
@@ -139,7 +149,8 @@ impl HostMemory {
 
     /// Its place, for copies.
     pub(super) fn place(&self) -> Place {
-        Place { address: self.address as u64, context: None }
+        let address = self.address as u64;
+        Place { address, region: address, context: None }
     }
 
     /// Its first bytes.
@@ -239,6 +250,21 @@ impl Stream {
         call!(self.context.driver, fill(at.address, byte, bytes, self.handle))
     }
 
+    /// Launches a kernel of one of the context's modules with blocks of `threads`; parameters are copied by the call.
+    pub(super) fn launch(
+        &self,
+        function: usize,
+        (parts, rows): (u32, u32),
+        threads: u32,
+        parameters: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let (parameters, extra) = (parameters.as_mut_ptr(), std::ptr::null_mut());
+        call!(
+            self.context.driver,
+            launch(function, parts, rows, 1, threads, 1, 1, 0, self.handle, parameters, extra)
+        )
+    }
+
     /// Marks the point behind what was put in so far.
     pub(super) fn record(&self) -> Result<Mark, CudaError> {
         let mut handle = 0;
@@ -249,7 +275,7 @@ impl Stream {
     }
 
     /// Blocks until all of it has run, without a deadline: only while nobody depends on the device yet.
-    fn settle(&self) -> Result<(), CudaError> {
+    pub(super) fn settle(&self) -> Result<(), CudaError> {
         call!(self.context.driver, stream_wait(self.handle))
     }
 }

@@ -66,9 +66,19 @@ pub enum CudaError {
     /// The arena's settings, or what the system gave.
     #[error(transparent)]
     Reserve(#[from] ReserveError),
-    /// A thread of the device did not start.
-    #[error("a thread of the device did not start: {0}")]
-    Thread(std::io::Error),
+    /// Another process has claimed the device.
+    #[error(
+        "{device} ({uuid}) is in use already, by another node or another GPU of this one: give each a device of its own"
+    )]
+    Taken {
+        /// The device.
+        device: String,
+        /// Its UUID.
+        uuid: String,
+    },
+    /// The system refused a thread or a name.
+    #[error("the system refused what the device needs: {0}")]
+    System(std::io::Error),
     /// A call failed.
     #[error("{call} answered {code} ({name}): {text}")]
     Call {
@@ -84,6 +94,12 @@ pub enum CudaError {
 }
 
 impl CudaError {
+    /// Whether less memory would have been enough.
+    #[must_use]
+    pub const fn is_about_memory(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Reserve(_))
+    }
+
     /// The driver's number, where it answered with one.
     #[must_use]
     pub const fn code(&self) -> Option<u32> {
@@ -219,6 +235,10 @@ table! {
     copy_between = cuMemcpyPeerAsync(u64, usize, u64, usize, usize, usize);
     copy_rows = cuMemcpy2DAsync_v2(*const Copy2d, usize);
     fill = cuMemsetD8Async(u64, u8, usize, usize);
+    module_load = cuModuleLoadData(*mut usize, *const c_void);
+    module_unload = cuModuleUnload(usize);
+    function = cuModuleGetFunction(*mut usize, usize, *const c_char);
+    launch = cuLaunchKernel(usize, u32, u32, u32, u32, u32, u32, u32, usize, *mut *mut c_void, *mut *mut c_void);
 }
 
 /// The driver, loaded and initialised; cheap to clone.
@@ -332,6 +352,14 @@ impl CudaDriver {
         let mut device = 0;
         call!(self, device(&raw mut device, number as c_int))?;
         Ok(device)
+    }
+
+    /// What the driver says of one device.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDevice`] where there is none of that name, [`CudaError::Call`].
+    pub fn find(&self, selector: &CudaSelector) -> Result<CudaFound, CudaError> {
+        self.select(selector).map(|(found, _)| found)
     }
 
     /// Finds a device and its handle.

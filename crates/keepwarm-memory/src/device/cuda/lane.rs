@@ -11,6 +11,8 @@ use futures::channel::oneshot;
 
 use super::context::{Context, Stream};
 use super::driver::CudaError;
+use super::kernels::Kernels;
+use super::plan::{Lent, Plan, Stack};
 use super::poll::{Passed, Poller};
 use super::verify::{Unread, Verifier};
 use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work};
@@ -40,16 +42,18 @@ pub(super) fn start(
     context: &Arc<Context>,
     health: &Arc<Health>,
     poller: &Poller,
+    kernels: Option<&Arc<Kernels>>,
 ) -> Result<Sender<Work>, CudaError> {
     context.enter()?;
     let word = if direction == Direction::In { "in" } else { "out" };
-    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller)?);
+    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller, kernels)?);
     let (submit, work) = bounded(STREAM_QUEUE_MAX);
     let (send, flights) = bounded(IN_FLIGHT_MAX);
     let spawn = |name: String, run: Box<dyn FnOnce() + Send>| {
-        thread::Builder::new().name(name).spawn(run).map(drop).map_err(CudaError::Thread)
+        thread::Builder::new().name(name).spawn(run).map(drop).map_err(CudaError::System)
     };
-    let issuer = Issuer { stream, health: Arc::clone(health), poller: poller.clone(), flights: send };
+    let stack = Stack::reserve(context, kernels, IN_FLIGHT_MAX)?;
+    let issuer = Issuer { stream, health: Arc::clone(health), poller: poller.clone(), flights: send, stack };
     let (context_, health_) = (Arc::clone(context), Arc::clone(health));
     spawn(format!("{name}-{word}"), Box::new(move || issue_all(issuer, &work, &context_)))?;
     let context = Arc::clone(context);
@@ -63,6 +67,7 @@ struct Issuer {
     health: Arc<Health>,
     poller: Poller,
     flights: Sender<Box<dyn Flight>>,
+    stack: Stack,
 }
 
 fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
@@ -78,8 +83,11 @@ fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
 impl Run for Issuer {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
         let mut issued = self.health.check();
+        let mut lent = self.stack.lend();
         if issued.is_ok() {
-            let all = submission.jobs.iter().try_for_each(|job| job.issue(&self.stream));
+            let mut plan = Plan::default();
+            submission.jobs.iter().for_each(|job| job.plan(&mut plan));
+            let all = plan.issue(&self.stream, lent.as_mut().and_then(Lent::sheets));
             issued = all.map_err(|error| self.failed(&error));
         }
         // What was put on the stream before an error still runs, and its memory stays until that has passed.
@@ -92,7 +100,7 @@ impl Run for Issuer {
         };
         let Submission { jobs, done } = submission;
         // The thread that ends flights lives as long as this one sends.
-        drop(self.flights.send(Box::new(Batch { jobs, done: Some(done), issued, passed })));
+        drop(self.flights.send(Box::new(Batch { jobs, done: Some(done), issued, passed, _sheets: lent })));
     }
 }
 
@@ -119,6 +127,8 @@ struct Batch<S: Step> {
     issued: Result<(), DeviceError>,
     /// None where no event could be recorded: the context is broken, and nothing of it runs any more.
     passed: Option<Receiver<Passed>>,
+    /// What its kernels read.
+    _sheets: Option<Lent>,
 }
 
 impl<S: Step> Batch<S> {

@@ -9,14 +9,20 @@
 //! one call may be that of an earlier one, and what ran since cannot be told from what did not (CUDA C++
 //! Programming Guide, "Error Checking"). No type of the bindings leaves this module.
 
+mod claim;
 mod context;
 mod driver;
+mod kernels;
 mod lane;
 mod moves;
+mod plan;
 mod poll;
 mod verify;
 
+pub use claim::CudaClaim;
 pub use driver::{CudaDriver, CudaError, CudaFound, CudaSelector};
+#[cfg(test)]
+pub(in crate::device) use kernels::tests::compiled as compiled_kernels;
 pub(in crate::device) use moves::Moves;
 
 use std::sync::Arc;
@@ -25,6 +31,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 
 use self::context::{Context, DeviceMemory, HostMemory};
+use self::kernels::Kernels;
 use self::poll::Poller;
 use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
@@ -51,6 +58,18 @@ pub struct CudaDevice {
     lanes: [Sender<Work>; 2],
 }
 
+/// A device's kernels. Without them it works as well, and its bytes are read back to be verified: so devices before
+/// compute capability 8.0 serve too.
+fn loaded(context: &Arc<Context>, found: &CudaFound) -> Option<Arc<Kernels>> {
+    match Kernels::load(context) {
+        Ok(kernels) => Some(Arc::new(kernels)),
+        Err(error) => {
+            tracing::warn!(device = found.number, capability = ?found.capability, %error, "no kernels: checksums will be slow");
+            None
+        }
+    }
+}
+
 impl CudaDevice {
     /// Reserves the device's memory and starts its streams. An event that has not passed after `patience`
     /// ([`CUDA_PATIENCE`] where nothing speaks for another) fences the device.
@@ -75,7 +94,9 @@ impl CudaDevice {
         })?;
         let health = Arc::new(Health::new(faults));
         let poller = Poller::start(&settings.name, &context, &health, patience)?;
-        let lane = |direction| lane::start(&settings.name, direction, &context, &health, &poller);
+        let kernels = loaded(&context, &found);
+        let lane =
+            |direction| lane::start(&settings.name, direction, &context, &health, &poller, kernels.as_ref());
         let lanes = [lane(Direction::In)?, lane(Direction::Out)?];
         Ok(Self { name: settings.name.clone(), found, arena, health, context, lanes })
     }

@@ -1,9 +1,8 @@
-//! What a CUDA device does for each kind of job: operations for its stream, runs of bytes to verify, and the end.
+//! What a CUDA device does for each kind of job: what it asks of the stream, runs of bytes to verify, and the end.
 
 use keepwarm_types::BlockChecksum;
 
-use super::context::Stream;
-use super::driver::CudaError;
+use super::plan::Plan;
 use crate::checksum::Corrupt;
 use crate::device::steps::{Ended, FillJob, Step, seal_filled};
 use crate::device::{GatherJob, Job, PlaneShape, ScatterJob};
@@ -39,8 +38,8 @@ pub(in crate::device) type Run = Vec<Rows>;
 
 /// A job on a device whose memory the host cannot touch.
 pub(in crate::device) trait Moves {
-    /// Puts its operations on the stream.
-    fn issue(&self, stream: &Stream) -> Result<(), CudaError>;
+    /// Adds what it asks of the stream.
+    fn plan(&self, plan: &mut Plan);
 
     /// The checksums that its end needs, in order; the last is of the bytes that arrived in the target.
     fn runs(&self) -> Vec<Run>;
@@ -51,13 +50,13 @@ pub(in crate::device) trait Moves {
         Self: Step;
 }
 
-fn moved(place: Place, by: usize) -> Place {
+pub(super) fn moved(place: Place, by: usize) -> Place {
     Place { address: place.address + by as u64, ..place }
 }
 
 impl Moves for Job {
-    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
-        stream.copy(self.target.place(), self.source.place(), self.source.length())
+    fn plan(&self, plan: &mut Plan) {
+        plan.copy(self.target.place(), self.source.place(), self.source.length());
     }
 
     fn runs(&self) -> Vec<Run> {
@@ -77,17 +76,16 @@ impl Moves for Job {
 
 /// Zeroes what another tenant may have left behind the bytes that this one wrote, where the whole block is to count
 /// as written.
-fn scrub(target: &BlockMut, stream: &Stream) -> Result<(), CudaError> {
-    match target.left_over() {
-        Some(rest) => stream.fill(moved(target.place(), rest.start), 0, rest.len()),
-        None => Ok(()),
+fn scrub(target: &BlockMut, plan: &mut Plan) {
+    if let Some(rest) = target.left_over() {
+        plan.scrub(moved(target.place(), rest.start), rest.len());
     }
 }
 
 impl Moves for FillJob {
-    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
-        scrub(&self.target, stream)?;
-        stream.fill(self.target.place(), self.byte, self.target.capacity())
+    fn plan(&self, plan: &mut Plan) {
+        scrub(&self.target, plan);
+        plan.fill(self.target.place(), self.byte, self.target.capacity());
     }
 
     fn runs(&self) -> Vec<Run> {
@@ -110,16 +108,14 @@ impl GatherJob {
 }
 
 impl Moves for GatherJob {
-    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
+    fn plan(&self, plan: &mut Plan) {
         let used = self.tokens * self.shape.token_bytes;
         let mut at = 0;
         for (place, planes) in self.parts() {
             let from = Rows::planes(place, &self.shape, planes, self.tokens);
-            let to = moved(self.target.place(), at);
-            stream.copy_rows((to, used), (place, from.pitch), used, planes)?;
+            plan.rows(moved(self.target.place(), at), used, from);
             at += from.total();
         }
-        Ok(())
     }
 
     fn runs(&self) -> Vec<Run> {
@@ -153,11 +149,11 @@ impl Moves for GatherJob {
 }
 
 impl Moves for ScatterJob {
-    fn issue(&self, stream: &Stream) -> Result<(), CudaError> {
-        scrub(&self.target, stream)?;
+    fn plan(&self, plan: &mut Plan) {
+        scrub(&self.target, plan);
         let used = self.tokens * self.shape.token_bytes;
         let to = Rows::planes(self.target.place(), &self.shape, self.shape.planes, self.tokens);
-        stream.copy_rows((to.place, to.pitch), (self.source.place(), used), used, self.shape.planes)
+        plan.rows(to.place, to.pitch, Rows { place: self.source.place(), pitch: used, ..to });
     }
 
     fn runs(&self) -> Vec<Run> {

@@ -58,7 +58,7 @@ impl Poller {
         thread::Builder::new()
             .name(format!("{name}-events"))
             .spawn(move || run(&receive, &context, &health, patience))
-            .map_err(CudaError::Thread)?;
+            .map_err(CudaError::System)?;
         Ok(Self { watches, patience })
     }
 

@@ -1,4 +1,5 @@
-//! Checksums of runs of bytes, wherever they lie: the host's are hashed in place, a device's are read back first.
+//! Checksums of runs of bytes, wherever they lie: the host's are hashed in place, a device's by its kernels where it has
+//! them, and what is left is read back first.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -8,12 +9,14 @@ use std::thread;
 
 use keepwarm_types::BlockChecksum;
 
-use super::context::{Context, HostMemory, Stream};
+use super::context::{Context, DeviceMemory, HostMemory, Stream};
 use super::driver::CudaError;
+use super::kernels::{self, Kernels, Table};
 use super::moves::{Rows, Run};
 use super::poll::{Passed, Poller};
 use crate::checksum::BlockHasher;
 use crate::guard::Place;
+use crate::region::Foreign;
 
 /// Bytes that are read back at a time: the second-level cache of a core still has them when they are hashed.
 const PIECE_BYTES: usize = 1 << 20;
@@ -21,6 +24,13 @@ const PIECE_BYTES: usize = 1 << 20;
 const HASHERS_MAX: usize = 4;
 /// Less than this is hashed by one thread: starting another takes some tens of microseconds.
 const SHARE_BYTES_MIN: usize = 2 << 20;
+/// Runs that a device hashes at a time, and their rows.
+const RUNS_MAX: usize = 1024;
+const ROWS_MAX: usize = 4096;
+/// Words of their chunks: one for each 4 KiB of 512 MiB.
+const WORDS_MAX: u64 = 131_072;
+/// A checksum.
+const SUM_BYTES: usize = 16;
 
 /// Why a checksum could not be had.
 #[derive(Debug)]
@@ -37,30 +47,151 @@ impl From<CudaError> for Unread {
     }
 }
 
-/// Reads a device's bytes back on a stream of its own.
+/// Who hashes a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hand {
+    Host,
+    Device,
+    ReadBack,
+}
+
+/// Has a device's bytes hashed, or reads them back, on a stream of its own.
 #[derive(Debug)]
 pub(super) struct Verifier {
     stream: Stream,
     staging: HostMemory,
     poller: Poller,
+    /// Where the device hashes.
+    desk: Option<Mutex<Desk>>,
+}
+
+/// What a device needs to hash: tables that it reads, its own room for chunks' words, and where it writes checksums.
+#[derive(Debug)]
+struct Desk {
+    kernels: Arc<Kernels>,
+    runs: Table<kernels::Run>,
+    rows: Table<kernels::Rows>,
+    words: DeviceMemory,
+    sums: HostMemory,
+}
+
+impl Desk {
+    fn new(context: &Arc<Context>, kernels: &Arc<Kernels>) -> Result<Self, CudaError> {
+        Ok(Self {
+            kernels: Arc::clone(kernels),
+            runs: Table::reserve(context, RUNS_MAX)?,
+            rows: Table::reserve(context, ROWS_MAX)?,
+            words: DeviceMemory::reserve(context, "the device", 8 * WORDS_MAX)?,
+            sums: HostMemory::reserve(context, (RUNS_MAX * SUM_BYTES) as u64)?,
+        })
+    }
+
+    fn chunks(run: &Run) -> u64 {
+        kernels::Run::chunks_of(run.iter().map(Rows::total).sum::<usize>() as u64)
+    }
+
+    /// Whether the device can hash this run: all of it lies in its own memory, and there is room.
+    fn takes(&self, run: &Run) -> bool {
+        let own = self.words.context();
+        run.len() <= ROWS_MAX
+            && Self::chunks(run) <= WORDS_MAX
+            && run.iter().all(|rows| rows.place.context == own)
+    }
+
+    /// How many of these runs, from the first on, there is room for at a time.
+    fn fitting(runs: &[&Run]) -> usize {
+        let (mut rows, mut words) = (0, 0);
+        let fits = |run: &&&Run| {
+            (rows, words) = (rows + run.len(), words + Self::chunks(run));
+            rows <= ROWS_MAX && words <= WORDS_MAX
+        };
+        runs.iter().take(RUNS_MAX).take_while(fits).count()
+    }
+
+    /// Has them hashed. All that was launched before has passed.
+    fn launch(&mut self, runs: &[&Run], stream: &Stream) -> Result<(), CudaError> {
+        let (mut of_runs, mut of_rows, mut words) = (Vec::new(), Vec::new(), 0);
+        for (number, run) in runs.iter().enumerate() {
+            of_runs.push(kernels::Run {
+                rows: self.rows.address(of_rows.len()),
+                bytes: run.iter().map(Rows::total).sum::<usize>() as u64,
+                chunks: self.words.address() + 8 * words,
+                checksum: self.sums.address() + (number * SUM_BYTES) as u64,
+            });
+            words += Self::chunks(run);
+            let part = |rows: &Rows| kernels::Rows {
+                at: rows.place.address,
+                pitch: rows.pitch as u64,
+                bytes: rows.bytes as u64,
+                rows: rows.rows as u64,
+            };
+            of_rows.extend(run.iter().map(part));
+        }
+        // SAFETY: nothing that reads the tables is still to run.
+        unsafe {
+            self.runs.set(&of_runs);
+            self.rows.set(&of_rows);
+        }
+        self.kernels.checksums(stream, &self.runs)
+    }
+
+    /// The checksums of the last launch, which has passed.
+    fn sums(&self, count: usize) -> impl Iterator<Item = BlockChecksum> {
+        // SAFETY: the kernels that write there have passed.
+        let sums = unsafe { self.sums.head(count * SUM_BYTES) };
+        let one = |sum: &[u8]| u128::from_le_bytes(sum.try_into().expect("pieces of that length"));
+        sums.chunks_exact(SUM_BYTES).map(move |sum| BlockChecksum::from_u128(one(sum)))
+    }
 }
 
 impl Verifier {
-    pub(super) fn new(context: &Arc<Context>, poller: &Poller) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        context: &Arc<Context>,
+        poller: &Poller,
+        kernels: Option<&Arc<Kernels>>,
+    ) -> Result<Self, CudaError> {
         context.enter()?;
         let staging = HostMemory::reserve(context, PIECE_BYTES as u64)?;
-        Ok(Self { stream: Stream::create(context)?, staging, poller: poller.clone() })
+        let desk = kernels.map(|kernels| Desk::new(context, kernels).map(Mutex::new)).transpose()?;
+        Ok(Self { stream: Stream::create(context)?, staging, poller: poller.clone(), desk })
     }
 
     /// The checksum of each run. All that wrote to them has passed, and their guards are held.
     pub(super) fn checksums(&self, runs: &[Run]) -> Result<Vec<BlockChecksum>, Unread> {
-        let on_host = |run: &&Run| run.iter().all(|rows| rows.place.context.is_none());
-        let mut of_host = hash_all(&runs.iter().filter(on_host).collect::<Vec<_>>()).into_iter();
-        let one = |run: &Run| match on_host(&run) {
-            true => Ok(of_host.next().expect("each run of the host was hashed")),
-            false => self.read(run),
+        let mut desk = self.desk.as_ref().map(|desk| desk.lock().unwrap_or_else(PoisonError::into_inner));
+        let hand = |run: &&Run| match desk.as_ref() {
+            _ if run.iter().all(|rows| rows.place.context.is_none()) => Hand::Host,
+            Some(desk) if desk.takes(run) => Hand::Device,
+            _ => Hand::ReadBack,
         };
-        runs.iter().map(one).collect()
+        let hands: Vec<_> = runs.iter().map(|run| hand(&run)).collect();
+        let of = |hand| runs.iter().zip(&hands).filter(move |(_, is)| **is == hand).map(|(run, _)| run);
+        let of_device: Vec<_> = of(Hand::Device).collect();
+        let mut of_host = hash_all(&of(Hand::Host).collect::<Vec<_>>()).into_iter();
+        let mut of_device = match desk.as_mut() {
+            Some(desk) => self.hash_there(desk, &of_device)?,
+            None => Vec::new(),
+        }
+        .into_iter();
+        let one = |(run, hand): (&Run, &Hand)| match hand {
+            Hand::Host => Ok(of_host.next().expect("each run of the host was hashed")),
+            Hand::Device => Ok(of_device.next().expect("each run of the device was hashed")),
+            Hand::ReadBack => self.read(run),
+        };
+        runs.iter().zip(&hands).map(one).collect()
+    }
+
+    /// Has the device hash runs, as many at a time as there is room for.
+    fn hash_there(&self, desk: &mut Desk, mut runs: &[&Run]) -> Result<Vec<BlockChecksum>, Unread> {
+        let mut found = Vec::with_capacity(runs.len());
+        while !runs.is_empty() {
+            let (now, later) = runs.split_at(Desk::fitting(runs));
+            desk.launch(now, &self.stream)?;
+            self.pass()?;
+            found.extend(desk.sums(now.len()));
+            runs = later;
+        }
+        Ok(found)
     }
 
     fn read(&self, run: &Run) -> Result<BlockChecksum, Unread> {

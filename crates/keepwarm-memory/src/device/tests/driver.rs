@@ -1,8 +1,6 @@
 //! The CUDA driver of the tests: softcuda, or a real one, and what only a CUDA device does.
-#![allow(unsafe_code)]
 
-use std::ffi::{CString, c_char, c_uint};
-use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
@@ -10,11 +8,14 @@ use std::time::{Duration, Instant};
 
 use futures::executor::block_on;
 use keepwarm_types::{Birth, Bytes, Owner};
+use softcuda::preload::{Preloaded, preload};
 
 use super::Bench;
-use crate::arena::ArenaSettings;
+use crate::arena::{Arena, ArenaSettings};
+use crate::device::cuda::compiled_kernels;
 use crate::device::{
-    CudaDevice, CudaDriver, CudaSelector, DeviceError, DeviceState, Direction, TransferError,
+    CudaDevice, CudaDriver, CudaSelector, DeviceError, DeviceState, Direction, GatherJob, Job, PlaneShape,
+    TransferError,
 };
 use crate::fault::FaultPlan;
 use crate::guard::Block;
@@ -22,41 +23,33 @@ use crate::guard::Block;
 /// Longer than any healthy event takes on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The machine's own driver is used instead of softcuda.
-const REAL: &str = "KEEPWARM_TEST_GPU";
+/// `gpu`: the machine's own driver is used instead of softcuda.
+const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
 /// Set in a child process of a test: what it is to do.
 const CHILD: &str = "KEEPWARM_TEST_CHILD";
 
 struct Loaded {
     driver: CudaDriver,
-    /// `softcudaFault`, where it is softcuda.
-    fault: Option<unsafe extern "C" fn(*const c_char) -> c_uint>,
+    /// Where it is softcuda.
+    soft: Option<Preloaded>,
 }
 
 /// Opens softcuda before the bindings look for a driver, unless a GPU is to be used.
 fn loaded() -> &'static Loaded {
     static LOADED: OnceLock<Loaded> = OnceLock::new();
     LOADED.get_or_init(|| {
-        let fault = if std::env::var_os(REAL).is_none() { Some(open_softcuda()) } else { None };
-        Loaded { driver: CudaDriver::load().expect("the driver loads"), fault }
+        // A race ends the process, unless a test of the tests asks for its report.
+        let races = std::env::var("SOFTCUDA_RACES").unwrap_or_else(|_| "abort".to_owned());
+        let real = std::env::var(DEVICE).is_ok_and(|device| device == "gpu");
+        let kernels = if real { PathBuf::new() } else { compiled_kernels() };
+        let kernels = kernels.to_str().expect("the target folder's path is text");
+        let mut settings = vec![("SOFTCUDA_RACES", races.as_str()), ("SOFTCUDA_KERNELS", kernels)];
+        if std::env::var_os("SOFTCUDA_DEVICES").is_none() {
+            settings.push(("SOFTCUDA_DEVICES", "uuids=process"));
+        }
+        let soft = (!real).then(|| preload(&settings).expect("softcuda is built with the tests"));
+        Loaded { driver: CudaDriver::load().expect("the driver loads"), soft }
     })
-}
-
-fn open_softcuda() -> unsafe extern "C" fn(*const c_char) -> c_uint {
-    if std::env::var_os("SOFTCUDA_RACES").is_none() {
-        // SAFETY: the first thing that a test does, before any of its own threads; a race ends the process.
-        unsafe { std::env::set_var("SOFTCUDA_RACES", "abort") };
-    }
-    let built = softcuda::layout::beside_this_program().expect("softcuda is built with the tests");
-    let path = CString::new(built.as_os_str().as_bytes()).expect("a path has no NUL");
-    // SAFETY: the library was built with these tests; its initialisers do nothing but set it up.
-    let opened = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
-    assert!(!opened.is_null(), "{} does not open", built.display());
-    // SAFETY: the library is open, the name is one that it exports.
-    let fault = unsafe { libc::dlsym(opened, c"softcudaFault".as_ptr()) };
-    assert!(!fault.is_null(), "softcuda exports softcudaFault");
-    // SAFETY: that is its type in softcuda's README.
-    unsafe { std::mem::transmute::<*mut libc::c_void, unsafe extern "C" fn(*const c_char) -> c_uint>(fault) }
 }
 
 pub(super) fn device(settings: &ArenaSettings, faults: Arc<FaultPlan>, patience: Duration) -> CudaDevice {
@@ -67,13 +60,11 @@ pub(super) fn device(settings: &ArenaSettings, faults: Arc<FaultPlan>, patience:
 /// Orders a fault; tells whether this is softcuda, where that can be had.
 #[must_use]
 fn order(fault: &str) -> bool {
-    let Some(call) = loaded().fault else {
+    let Some(soft) = loaded().soft else {
         println!("skipped: a real driver takes no orders for faults");
         return false;
     };
-    let order = CString::new(fault).unwrap();
-    // SAFETY: a C string that lives through the call.
-    assert_eq!(unsafe { call(order.as_ptr()) }, 0, "softcuda does not know the order '{fault}'");
+    soft.order(fault).expect("softcuda knows the order");
     true
 }
 
@@ -182,6 +173,98 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     assert_eq!(bench.device.state(), DeviceState::Up);
 }
 
+/// How often this process has called a function of softcuda's.
+fn calls(symbol: &str) -> u64 {
+    let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
+    let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
+    let symbol = format!("\"{symbol}\":");
+    statistics.split_once(&symbol).map_or(0, |(_, rest)| digits(rest).parse().unwrap())
+}
+
+fn launches() -> u64 {
+    calls("cuLaunchKernel")
+}
+
+/// The calls of a stream's work that a batch may make.
+const CALLS: [&str; 8] = [
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpy2DAsync_v2",
+    "cuMemsetD8Async",
+    "cuLaunchKernel",
+    "cuEventRecord",
+    "cuMemHostAlloc",
+];
+
+/// Driver calls by name while `work` ran.
+fn counted(work: impl FnOnce()) -> Vec<(&'static str, u64)> {
+    let before = CALLS.map(calls);
+    work();
+    let since = CALLS.iter().zip(before).map(|(symbol, before)| (*symbol, calls(symbol) - before));
+    since.filter(|(_, count)| *count > 0).collect()
+}
+
+#[test]
+fn a_batch_costs_as_many_driver_calls_whatever_its_length() {
+    const BLOCK: usize = 64 << 10;
+    const SHAPE: PlaneShape = PlaneShape { planes: 4, tokens_per_block: 16, token_bytes: 1024 };
+    if loaded().soft.is_none() {
+        println!("skipped: a real driver does not count its calls");
+        return;
+    }
+    let costs = [2, 16].map(|blocks: usize| {
+        let bench = bench_with(PATIENCE);
+        let room = |arena: &Arena, count| arena.allocate(&bench.owner, Bytes(BLOCK as u64), count).unwrap();
+        let sources: Vec<_> = room(&bench.pinned, blocks)
+            .into_iter()
+            .enumerate()
+            .map(|(n, mut block)| {
+                block.bytes_mut().fill(n as u8);
+                block.seal(BLOCK).unwrap()
+            })
+            .collect();
+        let mut there = Vec::new();
+        let restore = counted(|| {
+            let targets = room(bench.device.arena(), blocks);
+            let jobs = sources.iter().cloned().zip(targets).map(|(source, target)| Job { source, target });
+            there = block_on(bench.device.submit(Direction::In, jobs.collect()).unwrap()).unwrap();
+        });
+        let mut packed = Vec::new();
+        let gather = counted(|| {
+            let targets = room(bench.device.arena(), blocks);
+            let job = |(source, target)| GatherJob { shape: SHAPE, sources: vec![source], tokens: 9, target };
+            let jobs = there.iter().cloned().zip(targets).map(job).collect();
+            packed = block_on(bench.device.gather(Direction::Out, jobs).unwrap()).unwrap();
+        });
+        assert!(packed.iter().all(|block| block.length() == SHAPE.packed_bytes(9)));
+        [restore, gather]
+    });
+    assert_eq!(costs[0], costs[1], "a longer batch costs more calls");
+    let launch = |work: &[(&str, u64)]| work.iter().any(|(symbol, _)| *symbol == "cuLaunchKernel");
+    assert!(costs[0].iter().all(|work| launch(work)), "{:?}", costs[0]);
+    let copied: Vec<_> = costs[0][1].iter().filter(|(symbol, _)| symbol.contains("Memcpy2D")).collect();
+    assert!(copied.is_empty(), "planes were moved by copies: {copied:?}");
+    println!("restore {:?}, gather {:?}", costs[0][0], costs[0][1]);
+}
+
+#[test]
+fn a_device_hashes_its_own_bytes_and_without_kernels_they_are_read_back() {
+    for (fault, hashes) in [("clear", true), ("cuModuleLoadData fail 218", false)] {
+        if !order(fault) {
+            return;
+        }
+        let bench = bench_with(PATIENCE);
+        let (sources, before) = ([bench.filled(1), bench.filled(2)], launches());
+        let copies = copy(&bench, &sources).unwrap();
+        assert_eq!(launches() > before, hashes, "after '{fault}'");
+        bench.faults.flip_after(0);
+        let error = copy(&bench, &sources).unwrap_err();
+        assert!(matches!(error.cause, DeviceError::Corrupt(_)), "{error}");
+        assert_eq!(copies[1].checksum(), sources[1].checksum());
+    }
+}
+
 #[test]
 fn what_cannot_be_given_back_neither_panics_nor_fences() {
     let bench = bench_with(PATIENCE);
@@ -229,6 +312,16 @@ fn a_device_is_found_by_its_uuid() {
     assert!(found[0].memory > Bytes(0) && !found[0].name.is_empty() && driver.version().unwrap() >= 12_000);
 }
 
+#[test]
+fn a_claimed_device_is_nobody_elses_until_the_claim_ends() {
+    let found = &loaded().driver.devices().unwrap()[0];
+    let claim = found.claim().unwrap();
+    let error = found.claim().unwrap_err().to_string();
+    assert!(error.contains("is in use already"), "{error}");
+    drop(claim);
+    assert!(found.claim().is_ok());
+}
+
 /// This test again in a process of its own, with that environment; what it printed.
 fn child(test: &str, word: &str, environment: &[(&str, &str)]) -> String {
     let path = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
@@ -244,7 +337,7 @@ fn child(test: &str, word: &str, environment: &[(&str, &str)]) -> String {
 #[test]
 fn a_driver_that_will_not_do_says_what_to_do() {
     if std::env::var_os(CHILD).is_some() {
-        open_softcuda();
+        preload(&[]).expect("softcuda is built with the tests");
         let opened = CudaDriver::load().and_then(|driver| {
             let settings = ArenaSettings::new("hbm:0", Bytes(4 << 20));
             CudaDevice::open(&driver, &CudaSelector::Number(0), &settings, Arc::default(), PATIENCE)
