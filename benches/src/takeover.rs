@@ -104,7 +104,8 @@ async fn append(client: &Client, bytes: usize) -> f64 {
 }
 
 async fn measure(program: &Path, file: &Path, nodes: &mut [Node]) {
-    let clients: Vec<_> = nodes.iter().map(|node| Client::new(&node.url).unwrap()).collect();
+    let clients: Vec<_> =
+        nodes.iter().map(|node| Client::builder(&node.url).fixed().build().unwrap()).collect();
     let begun = Instant::now();
     while clients[0].ready(false).await.is_err() && begun.elapsed() < DEADLINE {
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -300,6 +300,9 @@ async fn forward(
     if let Ok(value) = HeaderValue::from_str(node.as_str()) {
         parts.headers.insert("keepwarm-owner", value);
     }
+    if let Ok(value) = HeaderValue::from_str(handle.name().as_str()) {
+        parts.headers.insert("keepwarm-relayed-by", value);
+    }
     handle.metrics().relayed();
     Ok(Response::from_parts(parts, Body::new(body)))
 }

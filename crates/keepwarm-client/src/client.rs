@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::body::PartBody;
 use crate::error::{ClientError, Problem};
+use crate::routes::Routes;
 
 /// How long a call may take, retries included, where the builder does not say: a cold model may need tens
 /// of seconds before its first token.
@@ -33,8 +34,14 @@ const PROBLEM_BYTES_MAX: usize = 64 << 10;
 const JSON_BYTES_MAX: usize = 64 << 20;
 /// How long connecting may take.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long a call waits for the shard map that it would be sent by; without it, it goes the old way.
+const MAP_MAX: Duration = Duration::from_secs(2);
+/// On an answer about a session.
+const OWNER: &str = "keepwarm-owner";
+/// On one that another node than the asked one gave.
+const RELAYED_BY: &str = "keepwarm-relayed-by";
 
-/// A node of a keepwarm cluster; cheap to clone.
+/// A keepwarm cluster, by one of its nodes; cheap to clone.
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -42,7 +49,7 @@ pub struct Client {
 
 struct Inner {
     http: reqwest::Client,
-    base: Url,
+    routes: Routes,
     token: Option<HeaderValue>,
     deadline: Duration,
     attempts: u32,
@@ -50,7 +57,7 @@ struct Inner {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("url", &self.inner.base.as_str()).finish_non_exhaustive()
+        f.debug_struct("Client").field("url", &self.url()).finish_non_exhaustive()
     }
 }
 
@@ -58,6 +65,8 @@ impl fmt::Debug for Client {
 #[derive(Debug, Clone)]
 pub struct ClientBuilder {
     url: String,
+    seeds: Vec<String>,
+    straight: bool,
     token: Option<String>,
     deadline: Duration,
     attempts: u32,
@@ -68,6 +77,21 @@ impl ClientBuilder {
     #[must_use]
     pub fn token(mut self, token: Option<String>) -> Self {
         self.token = token;
+        self
+    }
+
+    /// Another node of the cluster, to be asked where the first is not reached.
+    #[must_use]
+    pub fn seed(mut self, url: &str) -> Self {
+        self.seeds.push(url.to_owned());
+        self
+    }
+
+    /// Sends every call to the addresses that were given here, whoever owns the session: for a load balancer, or nodes whose
+    /// own addresses this machine cannot reach.
+    #[must_use]
+    pub const fn fixed(mut self) -> Self {
+        self.straight = false;
         self
     }
 
@@ -91,11 +115,14 @@ impl ClientBuilder {
     /// [`ClientError::Usage`] for an address or a token that cannot be.
     pub fn build(self) -> Result<Client, ClientError> {
         let usage = |what: String| ClientError::Usage(what);
-        let base: Url =
-            self.url.parse().map_err(|error| usage(format!("'{}' is not a URL: {error}", self.url)))?;
-        if base.scheme() != "http" || base.cannot_be_a_base() {
-            return Err(usage(format!("'{}' is not an http:// URL of a node", self.url)));
-        }
+        let node = |text: &String| {
+            let url: Url = text.parse().map_err(|error| usage(format!("'{text}' is not a URL: {error}")))?;
+            if url.scheme() != "http" || url.cannot_be_a_base() {
+                return Err(usage(format!("'{text}' is not an http:// URL of a node")));
+            }
+            Ok(url)
+        };
+        let seeds = [&self.url].into_iter().chain(&self.seeds).map(node).collect::<Result<Vec<_>, _>>()?;
         let token = self.token.map(|token| {
             let mut value = HeaderValue::from_str(&format!("Bearer {token}"))
                 .map_err(|_| usage("the token has characters that a header cannot carry".to_owned()))?;
@@ -107,8 +134,13 @@ impl ClientBuilder {
             .tcp_nodelay(true)
             .build()
             .map_err(|cause| ClientError::Transport { url: self.url.clone(), cause })?;
-        let inner =
-            Inner { http, base, token: token.transpose()?, deadline: self.deadline, attempts: self.attempts };
+        let inner = Inner {
+            http,
+            routes: Routes::new(seeds, self.straight),
+            token: token.transpose()?,
+            deadline: self.deadline,
+            attempts: self.attempts,
+        };
         Ok(Client { inner: Arc::new(inner) })
     }
 }
@@ -120,6 +152,17 @@ pub(crate) enum Safety {
     Repeatable,
     /// Only where the server says that it did nothing, or was never reached.
     Once,
+}
+
+/// Who can answer a call.
+#[derive(Debug, Clone, Copy)]
+enum Target {
+    /// Every node.
+    Any,
+    /// Every node, best the owner of that session.
+    Session(Uuid),
+    /// The node that the client was made for.
+    Here,
 }
 
 enum Payload {
@@ -149,7 +192,9 @@ impl Payload {
 pub(crate) struct Call<'c> {
     client: &'c Client,
     method: Method,
-    url: Url,
+    path: Vec<String>,
+    query: Vec<(String, String)>,
+    target: Target,
     headers: HeaderMap,
     payload: Payload,
     safety: Safety,
@@ -168,26 +213,31 @@ impl Client {
     /// Settings to change.
     #[must_use]
     pub fn builder(url: &str) -> ClientBuilder {
-        ClientBuilder { url: url.to_owned(), token: None, deadline: DEADLINE_DEFAULT, attempts: ATTEMPTS_MAX }
+        ClientBuilder {
+            url: url.to_owned(),
+            seeds: Vec::new(),
+            straight: true,
+            token: None,
+            deadline: DEADLINE_DEFAULT,
+            attempts: ATTEMPTS_MAX,
+        }
     }
 
-    /// The node's address.
+    /// The address of the node that it was made for.
     #[must_use]
     pub fn url(&self) -> &str {
-        self.inner.base.as_str().trim_end_matches('/')
+        self.inner.routes.base().as_str().trim_end_matches('/')
     }
 
     /// A call of `method` on a path; its segments are escaped.
     pub(crate) fn call(&self, method: Method, segments: &[&str]) -> Call<'_> {
-        let mut url = self.inner.base.clone();
-        if let Ok(mut path) = url.path_segments_mut() {
-            path.pop_if_empty().extend(segments);
-        }
         let safety = if method == Method::GET { Safety::Repeatable } else { Safety::Once };
         Call {
             client: self,
             method,
-            url,
+            path: segments.iter().map(|segment| (*segment).to_owned()).collect(),
+            query: Vec::new(),
+            target: Target::Any,
             headers: HeaderMap::new(),
             payload: Payload::None,
             safety,
@@ -198,7 +248,19 @@ impl Client {
 
 impl Call<'_> {
     pub(crate) fn query(mut self, name: &str, value: impl ToString) -> Self {
-        self.url.query_pairs_mut().append_pair(name, &value.to_string());
+        self.query.push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// A call about that session: its owner is asked first, where that is known.
+    pub(crate) fn about(mut self, session: Uuid) -> Self {
+        self.target = Target::Session(session);
+        self
+    }
+
+    /// A call about the node itself, which no other can answer.
+    pub(crate) fn here(mut self) -> Self {
+        self.target = Target::Here;
         self
     }
 
@@ -237,12 +299,24 @@ impl Call<'_> {
         self
     }
 
+    /// Where it goes at a node.
+    fn at(&self, node: &Url) -> Url {
+        let mut url = node.clone();
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty().extend(&self.path);
+        }
+        if !self.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&self.query);
+        }
+        url
+    }
+
     /// Sends it and reads its JSON answer.
     pub(crate) async fn answer<T: DeserializeOwned>(self) -> Result<T, ClientError> {
-        let url = self.url.to_string();
         let deadline = Instant::now() + self.client.inner.deadline;
         let after = self.client.inner.deadline;
         let response = self.send().await?;
+        let url = response.url().to_string();
         let body = within(deadline, after, &url, read(&url, response, JSON_BYTES_MAX)).await?;
         serde_json::from_slice(&body).map_err(|error| ClientError::Answer { url, reason: error.to_string() })
     }
@@ -250,9 +324,23 @@ impl Call<'_> {
     /// Sends it, again where that is safe, and returns an answer of success whose body is still to be read.
     pub(crate) async fn send(mut self) -> Result<Response, ClientError> {
         let deadline = Instant::now() + self.client.inner.deadline;
-        let mut attempt = 1;
+        let routes = &self.client.inner.routes;
+        if !matches!(self.target, Target::Here) && routes.is_due() {
+            tokio::spawn(look_up(self.client.clone(), deadline));
+        }
+        let (mut attempt, mut failed) = (1, Vec::new());
         loop {
-            let error = match self.send_once(deadline).await {
+            let nodes = match self.target {
+                Target::Here => vec![routes.base().clone()],
+                Target::Any => routes.candidates(None),
+                Target::Session(id) => routes.candidates(Some(id)),
+            };
+            let node = nodes.iter().find(|node| !failed.contains(*node));
+            let node = node.unwrap_or_else(|| {
+                failed.clear();
+                &nodes[0]
+            });
+            let error = match self.send_once(node, deadline).await {
                 Ok(response) => return Ok(response),
                 Err(error) => error,
             };
@@ -262,30 +350,41 @@ impl Call<'_> {
             }
             tokio::time::sleep(pause).await;
             attempt += 1;
+            if matches!(&error, ClientError::Refused(problem) if problem.status == 429) {
+                continue;
+            }
+            failed.push(node.clone());
+            routes.failed();
+            if !matches!(self.target, Target::Here) && routes.is_due() {
+                look_up(self.client.clone(), deadline).await;
+            }
         }
     }
 
-    async fn send_once(&mut self, deadline: Instant) -> Result<Response, ClientError> {
+    async fn send_once(&mut self, node: &Url, deadline: Instant) -> Result<Response, ClientError> {
         let inner = &self.client.inner;
+        let url = self.at(node);
         let body = self
             .payload
             .take()
             .ok_or_else(|| ClientError::Usage("a body that can be read once was sent already".to_owned()))?;
-        let mut request =
-            inner.http.request(self.method.clone(), self.url.clone()).headers(self.headers.clone());
+        let mut request = inner.http.request(self.method.clone(), url.clone()).headers(self.headers.clone());
         if !matches!(self.payload, Payload::None) {
             request = request.body(body);
         }
         if let Some(token) = &inner.token {
             request = request.header(AUTHORIZATION, token);
         }
-        let url = self.url.as_str();
+        let url = url.as_str();
         let sent = async {
             let response = request.send().await;
             let response = response.map_err(|cause| ClientError::Transport {
                 url: url.to_owned(),
                 cause: cause.without_url(),
             })?;
+            if response.headers().contains_key(OWNER) {
+                inner.routes.answered(response.headers().contains_key(RELAYED_BY));
+            }
             if response.status().is_success() {
                 return Ok(response);
             }
@@ -314,6 +413,21 @@ impl Call<'_> {
                 Some(pause)
             }
             _ => None,
+        }
+    }
+}
+
+/// Asks for the shard map. Whatever comes of that, calls go on with what is known.
+async fn look_up(client: Client, deadline: Instant) {
+    let until = deadline.min(Instant::now() + MAP_MAX);
+    for node in client.inner.routes.candidates(None) {
+        let mut call = client.call(Method::GET, &["v1", "cluster", "shards"]);
+        let Ok(response) = call.send_once(&node, until).await else { continue };
+        let url = response.url().to_string();
+        let body = within(until, MAP_MAX, &url, read(&url, response, JSON_BYTES_MAX)).await;
+        if let Some(map) = body.ok().and_then(|body| serde_json::from_slice(&body).ok()) {
+            client.inner.routes.learn(&map);
+            return;
         }
     }
 }
@@ -384,7 +498,10 @@ mod tests {
         let client = Client::new("http://127.0.0.1:7000/").unwrap();
         assert_eq!(client.url(), "http://127.0.0.1:7000");
         let call = client.call(Method::GET, &["v1", "sessions", "a/b"]).query("label.user", "x&y");
-        assert_eq!(call.url.as_str(), "http://127.0.0.1:7000/v1/sessions/a%2Fb?label.user=x%26y");
+        assert_eq!(
+            call.at(client.inner.routes.base()).as_str(),
+            "http://127.0.0.1:7000/v1/sessions/a%2Fb?label.user=x%26y"
+        );
         assert!(matches!(
             Client::builder("http://x").token(Some("a\nb".to_owned())).build(),
             Err(ClientError::Usage(_))

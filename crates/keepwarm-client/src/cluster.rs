@@ -1,5 +1,7 @@
 //! What operators see: nodes, GPUs, shards.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// Figures of an arena, in bytes.
@@ -146,4 +148,14 @@ pub struct Shard {
     pub learner: Option<String>,
     /// Sessions in it, where the node that was asked has a replica of it.
     pub sessions: Option<u64>,
+}
+
+/// Who owns which sessions, and where they answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardMap {
+    /// Every shard.
+    pub shards: Vec<Shard>,
+    /// The nodes that are not down, each with the address of its HTTP interface.
+    #[serde(default)]
+    pub nodes: BTreeMap<String, String>,
 }

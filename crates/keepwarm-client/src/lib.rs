@@ -27,6 +27,11 @@
 //! always minted here), writes (they carry a write id), and any call that was answered 429 or 503, which says
 //! that it was not applied. Each call ends by its deadline, retries included.
 //!
+//! **Ways.** After the first answer about a session the client asks for the cluster's shard map, and from then on each session's
+//! owner directly, at the addresses that the map has and with the token that it was given. Where a node is not reached, the
+//! next attempt asks another: a replica, a [`ClientBuilder::seed`], or any node of the map. [`ClientBuilder::fixed`] keeps to one
+//! address, for a load balancer in front of the nodes.
+//!
 //! **Cancellation.** Dropping a call's future stops it; a write whose body was not wholly sent is not applied.
 
 mod body;
@@ -37,6 +42,7 @@ mod cluster;
 mod digest;
 mod error;
 mod etag;
+mod routes;
 mod session;
 mod sse;
 mod verbs;
@@ -47,7 +53,7 @@ pub use chat::{
     ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, Model, PromptDetails, Usage,
 };
 pub use client::{Client, ClientBuilder};
-pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Shard, Spec};
+pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Shard, ShardMap, Spec};
 pub use error::{ClientError, Problem};
 pub use etag::{Etag, ParseEtagError};
 pub use session::{

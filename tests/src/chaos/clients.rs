@@ -99,7 +99,7 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn new(name: &str, url: &str) -> Result<Self, String> {
-        let client = Client::builder(url).deadline(PATIENCE).no_retries().build();
+        let client = Client::builder(url).deadline(PATIENCE).no_retries().fixed().build();
         let client = client.map_err(|error| error.to_string())?;
         Ok(Self { name: name.to_owned(), client })
     }

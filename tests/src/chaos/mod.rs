@@ -394,7 +394,7 @@ impl Run<'_> {
         let name = self.shared.nodes[node].name();
         let other = &self.shared.nodes[(node + 1) % self.shared.nodes.len()].client;
         let gone = async || {
-            let shards = other.shards().await;
+            let shards = other.shards().await.map(|map| map.shards);
             let owned =
                 |shard: &keepwarm_client::Shard| shard.replicas.first().is_some_and(|first| first == name);
             shards.is_ok_and(|shards| !shards.is_empty() && !shards.iter().any(owned))

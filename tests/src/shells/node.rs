@@ -18,7 +18,7 @@ use keepwarm_config::{Bootstrap, Config, LocalCluster};
 use keepwarm_engine::chat::NoModels;
 use keepwarm_node::{Node, StartError};
 use keepwarm_transport::certificate::Authority;
-use keepwarm_types::{NodeName, ShardCount};
+use keepwarm_types::{Bytes, NodeName, ShardCount};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
@@ -70,8 +70,11 @@ impl Files {
             replication: None,
             shards: ShardCount::new(SHARDS).unwrap(),
             model: None,
+            devices: Vec::new(),
+            hbm: Bytes(8 << 20),
+            pinned: Bytes(16 << 20),
         };
-        let mut text = local.render().unwrap().replace("256MiB", "8MiB").replace("512MiB", "16MiB");
+        let mut text = local.render().unwrap();
         for node in 1..=nodes {
             let port = PORTS + 100 + node;
             let (here, there) =

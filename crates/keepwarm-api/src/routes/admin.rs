@@ -90,10 +90,13 @@ pub(crate) async fn cluster(
 
 /// The shard map.
 #[utoipa::path(get, path = "/v1/cluster/shards", tag = "admin",
-    responses((status = 200, description = "Each shard with its replicas"), (status = "default", description = "A problem document")))]
+    responses((status = 200, description = "Each shard with its replicas, and where the nodes that are not down answer"), (status = "default", description = "A problem document")))]
 pub(crate) async fn shards(State(state): State<ApiState>, _: Caller) -> Answer<Value> {
     let shards = state.handle.shards().await;
-    Answer(json!({"shards": shards.iter().map(cluster::shard).collect::<Vec<_>>()}))
+    Answer(json!({
+        "shards": shards.iter().map(cluster::shard).collect::<Vec<_>>(),
+        "nodes": state.handle.addresses(),
+    }))
 }
 
 /// This node's GPUs.

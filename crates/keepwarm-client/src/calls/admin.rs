@@ -4,7 +4,7 @@ use reqwest::Method;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{Client, read};
-use crate::cluster::{Cluster, Gpu, Node, Shard};
+use crate::cluster::{Cluster, Gpu, Node, ShardMap};
 use crate::error::ClientError;
 use crate::verbs::Deleted;
 
@@ -31,11 +31,6 @@ struct Gpus {
     gpus: Vec<Gpu>,
 }
 
-#[derive(Deserialize)]
-struct Shards {
-    shards: Vec<Shard>,
-}
-
 impl Client {
     /// The cluster, as the node sees it.
     ///
@@ -49,9 +44,8 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn shards(&self) -> Result<Vec<Shard>, ClientError> {
-        let answer: Shards = self.call(Method::GET, &["v1", "cluster", "shards"]).answer().await?;
-        Ok(answer.shards)
+    pub async fn shards(&self) -> Result<ShardMap, ClientError> {
+        self.call(Method::GET, &["v1", "cluster", "shards"]).answer().await
     }
 
     /// The node's GPUs.
@@ -59,7 +53,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn gpus(&self) -> Result<Vec<Gpu>, ClientError> {
-        let answer: Gpus = self.call(Method::GET, &["v1", "gpus"]).answer().await?;
+        let answer: Gpus = self.call(Method::GET, &["v1", "gpus"]).here().answer().await?;
         Ok(answer.gpus)
     }
 
@@ -87,7 +81,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`] where the node cannot be asked.
     pub async fn ready(&self, full: bool) -> Result<Readiness, ClientError> {
-        let call = self.call(Method::GET, &["readyz"]);
+        let call = self.call(Method::GET, &["readyz"]).here();
         let call = if full { call.query("full", true) } else { call };
         match call.single().answer().await {
             Err(ClientError::Refused(problem)) if problem.status == 503 => {
@@ -105,7 +99,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn metrics(&self) -> Result<String, ClientError> {
-        let response = self.call(Method::GET, &["metrics"]).send().await?;
+        let response = self.call(Method::GET, &["metrics"]).here().send().await?;
         let url = response.url().to_string();
         let body = read(&url, response, METRICS_BYTES_MAX).await?;
         String::from_utf8(body.into()).map_err(|error| ClientError::Answer { url, reason: error.to_string() })

@@ -36,7 +36,7 @@ impl Client {
     pub async fn import(&self, archive: PartBody, id: Option<Uuid>) -> Result<Session, ClientError> {
         let mut call = self.call(Method::POST, &["v1", "sessions", "import"]);
         if let Some(id) = id {
-            call = call.query("id", id);
+            call = call.query("id", id).about(id);
         }
         call.body(ARCHIVE, archive).answer().await
     }

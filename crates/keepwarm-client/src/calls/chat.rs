@@ -82,6 +82,9 @@ impl Client {
         let mut call = self.call(Method::POST, &["v1", "chat", "completions"]).json(body)?;
         if let Some(session) = &binding.session {
             call = call.header("x-session-id", session)?;
+            if let Ok(id) = session.parse() {
+                call = call.about(id);
+            }
         }
         if let Some(etag) = binding.if_match {
             call = call.header("if-match", &etag.to_string())?;

@@ -21,9 +21,9 @@ use crate::client::{Call, Client};
 impl Client {
     /// A call on a session: `GET /v1/sessions/ID/REST…`.
     fn on_session(&self, method: Method, id: Uuid, rest: &[&str]) -> Call<'_> {
-        let id = id.to_string();
+        let text = id.to_string();
         let segments: Vec<_> =
-            ["v1", "sessions", id.as_str()].into_iter().chain(rest.iter().copied()).collect();
-        self.call(method, &segments)
+            ["v1", "sessions", text.as_str()].into_iter().chain(rest.iter().copied()).collect();
+        self.call(method, &segments).about(id)
     }
 }

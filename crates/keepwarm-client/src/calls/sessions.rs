@@ -46,7 +46,8 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; `conflict` for the id of another session.
     pub async fn create(&self, session: &NewSession) -> Result<Session, ClientError> {
-        self.call(Method::POST, &["v1", "sessions"]).json(session)?.repeatable().answer().await
+        let call = self.call(Method::POST, &["v1", "sessions"]).about(session.id);
+        call.json(session)?.repeatable().answer().await
     }
 
     /// A session.

@@ -1,5 +1,6 @@
 //! Other nodes: where a session belongs, the way there, and what the cluster looks like from here.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use keepwarm_core::registry::NodeStatus;
@@ -83,6 +84,16 @@ impl Handle {
         let map = cluster.map();
         let alive = map.nodes().iter().filter(|node| node.status != NodeStatus::Down);
         alive.map(|node| node.registration.node.clone()).filter(|node| node != self.name()).collect()
+    }
+
+    /// Where the nodes that are not down answer HTTP, by name, this one's included.
+    #[must_use]
+    pub fn addresses(&self) -> BTreeMap<String, String> {
+        let own = (self.name().to_string(), self.inner().node.http.clone());
+        let map = self.cluster_link().map(|cluster| cluster.map());
+        let nodes = map.iter().flat_map(|map| map.nodes()).filter(|node| node.status != NodeStatus::Down);
+        let others = nodes.map(|node| (node.registration.node.to_string(), node.registration.http.clone()));
+        others.chain([own]).collect()
     }
 
     /// Shards that a node owns, and those that nobody does.
