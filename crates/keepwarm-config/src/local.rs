@@ -8,16 +8,14 @@ use std::fmt::Write;
 
 use keepwarm_types::{Bytes, ShardCount, valid_name};
 
+use crate::config::DeviceKind;
+
 /// Most nodes: HTTP has the ports up to base + 100, peers those above.
 const NODES_MAX: u16 = 100;
 /// Where the peers' ports begin, above the base.
 const PEERS_ABOVE: u16 = 100;
 /// Most nodes that vote.
 const VOTERS_MAX: u16 = 5;
-/// Memory that stands in for a GPU's, a node.
-const HBM: Bytes = Bytes(256 << 20);
-/// Pinned memory, a node: its own sessions' and its peers' copies.
-const PINNED: Bytes = Bytes(512 << 20);
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +32,12 @@ pub struct LocalCluster {
     pub shards: ShardCount,
     /// A model that all nodes serve: its name and its source.
     pub model: Option<(String, String)>,
+    /// The first nodes' GPUs, one each; the others have host memory in a GPU's place.
+    pub devices: Vec<DeviceKind>,
+    /// Memory of each node's GPU.
+    pub hbm: Bytes,
+    /// Pinned memory of each node: its own sessions' and its peers' copies.
+    pub pinned: Bytes,
 }
 
 /// Why there can be no such cluster.
@@ -64,6 +68,11 @@ pub enum LocalError {
 }
 
 impl LocalCluster {
+    /// Memory of a GPU where nothing else is asked for.
+    pub const HBM: Bytes = Bytes(256 << 20);
+    /// Pinned memory where nothing else is asked for.
+    pub const PINNED: Bytes = Bytes(512 << 20);
+
     /// The nodes that vote, from the first on: all up to five, and an odd number of them.
     #[must_use]
     pub fn voters(&self) -> u16 {
@@ -140,11 +149,16 @@ dir = "certs"              # NODE.pem and NODE.key
         };
         line("http", &format!("\"127.0.0.1:{http}\""), "beyond loopback, name at least one [[tenant]]");
         line("peer", &format!("\"127.0.0.1:{peer}\""), "where the other nodes reach it (UDP)");
-        line("pinned", &format!("\"{PINNED}\""), "host memory for its sessions and for others' copies");
+        line(
+            "pinned",
+            &format!("\"{}\"", self.pinned),
+            "host memory for its sessions and for others' copies",
+        );
         line("data_dir", &format!("\"data/n{number}\""), "the catalog: manifests and transcripts");
         line("voter", &voter.to_string(), "one, three or five nodes vote on who owns what");
         let _ = writeln!(text, "\n[[node.gpu]]");
-        let _ = writeln!(text, "device = \"host\"\nmemory = \"{HBM}\"\n");
+        let device = self.devices.get(usize::from(number) - 1).unwrap_or(&DeviceKind::Host);
+        let _ = writeln!(text, "device = \"{device}\"\nmemory = \"{}\"\n", self.hbm);
         text
     }
 
@@ -189,6 +203,9 @@ mod tests {
             replication: None,
             shards,
             model: None,
+            devices: Vec::new(),
+            hbm: LocalCluster::HBM,
+            pinned: LocalCluster::PINNED,
         }
     }
 
@@ -212,9 +229,20 @@ mod tests {
         assert_eq!((node.name.as_str(), node.http.as_str()), ("n3", "127.0.0.1:7003"));
         assert_eq!(node.peer.as_deref(), Some("127.0.0.1:7103"));
         assert_eq!(node.data_dir.as_deref(), Some(std::path::Path::new("/x/data/n3")));
-        assert_eq!((node.pinned, node.gpus[0].memory), (PINNED, HBM));
+        assert_eq!((node.pinned, node.gpus[0].memory), (LocalCluster::PINNED, LocalCluster::HBM));
         assert_eq!(config.tls.unwrap().ca, std::path::Path::new("/x/certs/ca.pem"));
         assert_eq!(config.shards.get(), 64);
+    }
+
+    #[test]
+    fn the_first_nodes_have_the_devices_that_were_named() {
+        let mut cluster = cluster(3);
+        cluster.devices = vec![DeviceKind::Cuda(1), DeviceKind::Mig("MIG-1".to_owned())];
+        cluster.hbm = Bytes(5 << 20);
+        let config = Config::parse("cluster.toml", &cluster.render().unwrap()).unwrap();
+        let devices: Vec<_> = config.nodes.iter().map(|node| node.gpus[0].device.clone()).collect();
+        assert_eq!(devices, [DeviceKind::Cuda(1), DeviceKind::Mig("MIG-1".to_owned()), DeviceKind::Host]);
+        assert!(config.nodes.iter().all(|node| node.gpus[0].memory == Bytes(5 << 20)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use keepwarm_config::DeviceSpec;
+use keepwarm_config::{DeviceKind, DeviceSpec};
 use keepwarm_types::{Bytes, NodeName};
 use uuid::Uuid;
 
@@ -120,6 +120,9 @@ pub(crate) struct DemoArgs {
     /// A GGUF file to use instead of fetching one; or tiny:SEED.
     #[arg(long, value_name = "PATH")]
     pub(crate) model: Option<String>,
+    /// The GPU of the first node, of the second, ...: cuda:0, or a MIG UUID. Nodes without one have host memory in its place.
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) gpu: Vec<DeviceKind>,
     /// End when all is shown, with 1 if a check failed, instead of serving on.
     #[arg(long)]
     pub(crate) exit: bool,

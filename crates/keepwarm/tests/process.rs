@@ -315,6 +315,7 @@ fn the_demo_passes_its_own_checks() {
     let output = keepwarm().args(["demo", "--exit", "--model", "tiny:1"]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}\n{}", said(&output));
-    assert_eq!(text.matches("check: ok").count(), 5, "{text}");
+    assert_eq!(text.matches("check: ok").count(), 8, "{text}");
+    assert_eq!(text.matches("first answer of a survivor").count(), 2, "{text}");
     assert!(text.contains("random weights"), "it says that the weights are random");
 }

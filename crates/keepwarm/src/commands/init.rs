@@ -22,30 +22,38 @@ const CONFIG_FILE: &str = "cluster.toml";
 /// What a folder with a cluster has; cluster.toml names the last two.
 const TAKEN: [&str; 4] = [CONFIG_FILE, Bootstrap::FILE, "certs", "data"];
 /// Shards of a cluster on one machine: a few for every node, cheap to hold.
-const SHARDS: u64 = 64;
+pub(crate) const SHARDS: u64 = 64;
 
+/// A cluster's files.
 #[derive(Debug, Serialize)]
-struct Made {
+pub(crate) struct Made {
     cluster: String,
     cluster_id: String,
-    config: PathBuf,
+    pub(crate) config: PathBuf,
     bootstrap: PathBuf,
     certificates: PathBuf,
-    nodes: Vec<MadeNode>,
+    pub(crate) nodes: Vec<MadeNode>,
     warnings: Vec<String>,
 }
 
+/// A node of it.
 #[derive(Debug, Serialize)]
-struct MadeNode {
-    name: String,
-    http: String,
+pub(crate) struct MadeNode {
+    pub(crate) name: String,
+    pub(crate) http: String,
     peer: Option<String>,
     voter: bool,
     command: Vec<String>,
 }
 
 pub(crate) fn run(args: &InitArgs, output: Output) -> Result<(), Failure> {
-    let dir = std::path::absolute(&args.dir)?;
+    let made = found(&args.dir, &local(args)?)?;
+    output.show(&made, text_of)
+}
+
+/// Writes a cluster's files into a folder that has none.
+pub(crate) fn found(folder: &Path, cluster: &LocalCluster) -> Result<Made, Failure> {
+    let dir = std::path::absolute(folder)?;
     if let Some(taken) = TAKEN.iter().map(|name| dir.join(name)).find(|path| path.symlink_metadata().is_ok())
     {
         return Err(Failure::config(format!(
@@ -54,7 +62,7 @@ pub(crate) fn run(args: &InitArgs, output: Output) -> Result<(), Failure> {
         )));
     }
     let path = dir.join(CONFIG_FILE);
-    let text = local(args)?.render().map_err(Failure::usage)?;
+    let text = cluster.render().map_err(Failure::usage)?;
     let config = Config::parse(&path.display().to_string(), &text).map_err(Failure::config)?;
     let bootstrap = Bootstrap::new(&config);
     let names: Vec<_> = config.nodes.iter().map(|node| node.name.clone()).collect();
@@ -63,38 +71,39 @@ pub(crate) fn run(args: &InitArgs, output: Output) -> Result<(), Failure> {
     let bootstrap_path = config.path_of(Bootstrap::FILE);
     place::create(&bootstrap_path, &bootstrap.render(), Readers::All)?;
     place::create(&path, &text, Readers::All)?;
-    let made = Made {
+    Ok(Made {
         cluster: config.name.clone(),
         cluster_id: bootstrap.id.to_string(),
-        nodes: config.nodes.iter().map(|node| made_node(&args.dir.join(CONFIG_FILE), node)).collect(),
+        nodes: config.nodes.iter().map(|node| made_node(&folder.join(CONFIG_FILE), node)).collect(),
         warnings: config.warnings(),
         config: path,
         bootstrap: bootstrap_path,
         certificates,
+    })
+}
+
+/// A model's name and source, as a file in any folder may have them.
+pub(crate) fn named_model(text: &str) -> Result<(String, String), Failure> {
+    let model = model(text)?;
+    // The file's paths start at its own folder, the command line's where the command is given.
+    let source = match model.source.strip_prefix("gguf:") {
+        Some(path) => format!("gguf:{}", std::path::absolute(path)?.display()),
+        None => model.source,
     };
-    output.show(&made, text_of)
+    Ok((model.name, source))
 }
 
 fn local(args: &InitArgs) -> Result<LocalCluster, Failure> {
-    let model = match args.model.as_deref() {
-        None => None,
-        Some(text) => {
-            let model = model(text)?;
-            // The file's paths start at its own folder, the command line's where the command is given.
-            let source = match model.source.strip_prefix("gguf:") {
-                Some(path) => format!("gguf:{}", std::path::absolute(path)?.display()),
-                None => model.source,
-            };
-            Some((model.name, source))
-        }
-    };
     Ok(LocalCluster {
         name: args.cluster.clone(),
         nodes: args.nodes,
         port_base: args.port_base,
         replication: args.replication,
         shards: ShardCount::new(SHARDS).map_err(Failure::failed)?,
-        model,
+        model: args.model.as_deref().map(named_model).transpose()?,
+        devices: Vec::new(),
+        hbm: LocalCluster::HBM,
+        pinned: LocalCluster::PINNED,
     })
 }
 

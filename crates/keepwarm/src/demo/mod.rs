@@ -1,10 +1,12 @@
 //! `keepwarm demo`: the main job, to be seen.
 //!
-//! It starts a node as a process of its own, with two host GPUs whose memory is too small for what comes,
-//! plays conversations through the HTTP API, kills the node in the middle of an answer and goes on, and says
-//! at the end what was kept, how fast, and whether every token is what it would have been otherwise.
+//! It starts three nodes as processes of their own, each with a GPU whose memory is too small for what comes, plays
+//! conversations through the HTTP API, kills the owner of half of them between two turns and another node in the middle of
+//! an answer, and says at the end what was kept, how fast, and whether every token is what it would have been otherwise.
 
+mod act;
 mod checks;
+mod cluster;
 mod figures;
 mod play;
 mod report;
@@ -13,10 +15,10 @@ mod script;
 mod server;
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use keepwarm_client::{Client, Model};
+use keepwarm_client::Model;
 use keepwarm_types::{Bytes, Source};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,19 +27,18 @@ use crate::commands::chat::pick;
 use crate::commands::model::fetched;
 use crate::failure::Failure;
 use crate::output::{Output, print};
-use checks::{Check, Probes, Recomputed};
+use act::{PROBE, Played, Stage};
+use cluster::{Cluster, ClusterSpec};
 use play::{Player, Turn};
 use report::Report;
-use screen::{Row, Screen};
+use screen::Screen;
 use script::Conversation;
 use server::{Server, ServerSpec};
 
 /// What stands in where the real model cannot be had.
 const STAND_IN: &str = "tiny:1";
-/// GPUs of the node.
-const GPUS: usize = 2;
-/// Conversations that a GPU has room for, out of half of all.
-const SESSIONS_PER_GPU: f64 = 2.6;
+/// Conversations that a node's GPU has room for: fewer than it owns.
+const SESSIONS_PER_GPU: f64 = 1.7;
 /// Copies that the checks make, beside the conversations.
 const COPIES: usize = 4;
 /// Pinned memory is kept below this share, so that it need not drop anything.
@@ -48,28 +49,8 @@ const SLACK: u64 = 16 << 20;
 const CHARS_PER_TOKEN: u64 = 4;
 /// Tokens of a turn's frame in the template, at most.
 const FRAME_TOKENS: u64 = 40;
-/// Pieces of an answer that are heard before the node is killed.
-const PIECES_BEFORE_KILL: usize = 4;
-/// Asked at the end, of copies of one conversation.
-const PROBE: &str = "Sum it up in five words.";
-
-/// What the whole demo has at hand.
-struct Stage {
-    screen: Screen,
-    script: Vec<Conversation>,
-    spec: ServerSpec,
-    model: Model,
-    label: String,
-}
-
-/// What was played on the node that is evicted and killed.
-struct Played {
-    turns: Vec<Turn>,
-    recomputed: Vec<Recomputed>,
-    restores: Option<checks::Restores>,
-    probes: Probes,
-    survived: Check,
-}
+/// How long a node stays away that somebody killed at the end of the demo.
+const AWAY: Duration = Duration::from_secs(10);
 
 /// Runs the demo; a signal ends it and its servers.
 pub(crate) async fn run(args: DemoArgs, output: Output) -> Result<(), Failure> {
@@ -88,21 +69,31 @@ pub(crate) async fn run(args: DemoArgs, output: Output) -> Result<(), Failure> {
 async fn perform(args: DemoArgs, output: Output, screen: Screen) -> Result<(), Failure> {
     let begun = Instant::now();
     let script = script::parse(script::TEXT).map_err(Failure::failed)?;
-    let (model, why) = weights(&args, &screen).await?;
+    let (source, why) = weights(&args, &screen).await?;
     let folder = tempfile::Builder::new().prefix("keepwarm-demo-").tempdir()?;
-    screen.phase("starting a node with two GPUs whose memory is too small");
-    let (stage, server) = open(script, model, &why, folder.path(), screen).await?;
+    screen.phase("starting three nodes, each with a GPU whose memory is too small");
+    let model = loaded(&source, folder.path()).await?;
+    let label = match (model.random_weights, why) {
+        (false, _) => model.id.clone(),
+        (true, None) => format!("{} (random weights)", model.id),
+        (true, Some(_)) => format!("{} (random weights, for want of the real ones)", model.id),
+    };
+    let (hbm, pinned) = sizes(&script, &model);
+    let stage = Stage { screen, script, model, label };
+    let devices = args.gpu.clone();
+    let spec = ClusterSpec { folder: folder.path().join("cluster"), model: source, devices, hbm, pinned };
+    let mut cluster = Cluster::start(&spec).await?;
     stage.screen.say(&format!(
-        "{}: {} conversations on {GPUS} host GPUs of {}, pinned memory {}, node at {}",
+        "{}: {} conversations on three nodes, each with {hbm} of GPU memory and {pinned} of pinned memory",
         stage.label,
         stage.script.len(),
-        stage.spec.hbm,
-        stage.spec.pinned,
-        server.client().url()
     ));
+    for (name, url, pid) in cluster.running() {
+        stage.screen.say(&format!("   {name}  {url}  pid {pid}"));
+    }
     let animation = stage.screen.animate();
-    let played = act(&stage, server, begun).await;
-    let (played, server) = match played {
+    let played = act::act(&stage, &mut cluster, begun).await;
+    let played = match played {
         Ok(done) => done,
         Err(failure) => {
             animation.abort();
@@ -111,18 +102,25 @@ async fn perform(args: DemoArgs, output: Output, screen: Screen) -> Result<(), F
     };
     stage.screen.phase("the same conversations on an engine that is never evicted, for comparison");
     stage.screen.watch(None);
-    let (reference, answer) = reference(&stage, folder.path()).await?;
+    let (reference, answer) = reference(&stage, &spec, folder.path()).await?;
     stage.screen.finish();
     animation.abort();
-    let mut checks = vec![checks::same_tokens(&played.turns, &reference), played.survived.clone()];
+    let mut report = report(&stage, played, &reference, &answer);
+    report.seconds = begun.elapsed().as_secs_f64();
+    output.show(&report, |report| format!("\n{}", report.text()))?;
+    finish(&args, output, &stage, cluster, report.failed()).await
+}
+
+fn report(stage: &Stage, played: Played, reference: &[Turn], answer: &[u32]) -> Report {
+    let mut checks = vec![checks::same_tokens(&played.turns, reference)];
+    checks.extend(played.checks);
     checks.push(played.probes.refused.clone());
-    checks.extend(checks::probed(&played.probes, &answer));
+    checks.extend(checks::probed(&played.probes, answer));
     let kv = stage.model.kv_bytes_per_token;
     let mut report =
         Report::new(stage.label.clone(), kv, &played.turns, &played.recomputed, played.restores, checks);
-    report.seconds = begun.elapsed().as_secs_f64();
-    output.show(&report, |report| format!("\n{}", report.text()))?;
-    finish(&args, output, &stage, server, report.failed()).await
+    report.takeovers = played.takeovers;
+    report
 }
 
 /// The model's file, or the stand-in and why.
@@ -141,46 +139,14 @@ async fn weights(args: &DemoArgs, screen: &Screen) -> Result<(String, Option<Str
     }
 }
 
-/// Starts the node, sized for its model: what a model keeps per token is known once it is loaded, so a first
-/// guess may have to be corrected.
-async fn open(
-    script: Vec<Conversation>,
-    model: String,
-    why: &Option<String>,
-    folder: &Path,
-    screen: Screen,
-) -> Result<(Stage, Server), Failure> {
-    const KV_GUESS: u64 = 23_040;
-    let guess = Model {
-        id: String::new(),
-        fingerprint: String::new(),
-        context_length: 0,
-        kv_bytes_per_token: KV_GUESS,
-        random_weights: false,
-    };
-    let mut spec = ServerSpec {
-        data_dir: folder.join("node"),
-        model,
-        gpus: GPUS,
-        hbm: Bytes::ZERO,
-        pinned: Bytes::ZERO,
-        log: folder.join("node.log"),
-    };
-    (spec.hbm, spec.pinned) = sizes(&script, &guess);
-    let mut server = Server::start(&spec).await?;
+/// What a node says of the model: how much it keeps per token decides how large the cluster is.
+async fn loaded(model: &str, folder: &Path) -> Result<Model, Failure> {
+    const ENOUGH: Bytes = Bytes(64 << 20);
+    let spec = ServerSpec::alone(&folder.join("probe"), ENOUGH, model, folder.join("probe.log"));
+    let server = Server::start(&spec).await?;
     let model = pick(server.client().models().await?, None)?;
-    let right = sizes(&script, &model);
-    if right != (spec.hbm, spec.pinned) {
-        server.stop().await?;
-        (spec.hbm, spec.pinned) = right;
-        server = Server::start(&spec).await?;
-    }
-    let label = match (model.random_weights, why) {
-        (false, _) => model.id.clone(),
-        (true, None) => format!("{} (random weights)", model.id),
-        (true, Some(_)) => format!("{} (random weights, for want of the real ones)", model.id),
-    };
-    Ok((Stage { screen, script, spec, model, label }, server))
+    server.stop().await?;
+    Ok(model)
 }
 
 /// Memory of a GPU and of the host for these conversations.
@@ -198,88 +164,19 @@ fn sizes(script: &[Conversation], model: &Model) -> (Bytes, Bytes) {
     (mib(SESSIONS_PER_GPU * session as f64), mib(kept / PINNED_SHARE + SLACK as f64))
 }
 
-/// Plays everything on the node that is too small, and measures there what needs it.
-async fn act(stage: &Stage, server: Server, begun: Instant) -> Result<(Played, Server), Failure> {
-    let order = script::order(&stage.script);
-    let mut player = Player::new(server.client().clone(), stage.model.id.clone(), stage.script.clone());
-    let row = |(conversation, session): (&Conversation, &uuid::Uuid)| Row {
-        title: conversation.title.clone(),
-        session: *session,
-        ..Row::default()
-    };
-    stage.screen.rows(stage.script.iter().zip(player.sessions()).map(row).collect());
-    stage.screen.watch(Some(server.client().clone()));
-    let (mut server, mut turns, mut survived) = (server, Vec::new(), None);
-    for (number, conversation) in order.iter().copied().enumerate() {
-        if number == order.len() / 2 {
-            let (again, check) = kill(stage, server, &mut player, conversation, &turns).await?;
-            (server, survived) = (again, Some(check));
-        }
-        let label = &stage.label;
-        let elapsed = begun.elapsed().as_secs();
-        stage.screen.phase(format!("{label}: turn {} of {}, {elapsed} s", number + 1, order.len()));
-        stage.screen.speaking(conversation);
-        let turn = player.turn(conversation, |text| stage.screen.heard(text)).await?;
-        stage.screen.refresh().await;
-        let source = if turn.source == Source::None { "prefill" } else { turn.source.word() };
-        stage.screen.spoke(conversation, turn.ttft_ms, source, &turn.text);
-        turns.push(turn);
-    }
-    let survived = survived.ok_or_else(|| Failure::failed("the node was never killed"))?;
-    stage.screen.phase("restoring each session from pinned memory");
-    let restores = checks::restores(&player).await?;
-    stage.screen.phase("computing the same contexts again, without sessions");
-    let mut recomputed = Vec::new();
-    for conversation in 0..stage.script.len() {
-        // What the last turn was asked: all but its answer.
-        let history = player.history(conversation);
-        recomputed.push(checks::recompute(&player, &history[..history.len() - 1]).await?);
-    }
-    stage.screen.phase("flipping a byte, zeroing a state");
-    let probes = checks::probe(&player, 0, PROBE).await?;
-    Ok((Played { turns, recomputed, restores, probes, survived }, server))
-}
-
-/// Kills the node while it answers, starts it again on the same data, and looks at what it still knows.
-async fn kill(
-    stage: &Stage,
-    server: Server,
-    player: &mut Player,
-    conversation: usize,
-    turns: &[Turn],
-) -> Result<(Server, Check), Failure> {
-    stage.screen.phase("killing the node (SIGKILL) in the middle of an answer");
-    let answer = player.begin(conversation, PIECES_BEFORE_KILL).await?;
-    stage.screen.watch(None);
-    server.kill().await?;
-    drop(answer);
-    let begun = Instant::now();
-    let server = Server::start(&stage.spec).await?;
-    player.reconnect(server.client().clone());
-    stage.screen.watch(Some(server.client().clone()));
-    let survived = checks::nothing_lost(player, turns).await?;
-    stage.screen.say(&format!(
-        "   the node was killed in the middle of an answer and is back after {:.1} s: {}",
-        begun.elapsed().as_secs_f64(),
-        survived.detail
-    ));
-    Ok((server, survived))
-}
-
 /// The same conversations, all at once, where all have room and nothing is killed; and the answer to the probe.
-async fn reference(stage: &Stage, folder: &Path) -> Result<(Vec<Turn>, Vec<u32>), Failure> {
-    let roomy = Bytes(stage.spec.pinned.0);
-    let spec = ServerSpec {
-        data_dir: folder.join("reference"),
-        gpus: 1,
-        hbm: roomy,
-        pinned: roomy,
-        log: folder.join("reference.log"),
-        ..stage.spec.clone()
-    };
+async fn reference(
+    stage: &Stage,
+    cluster: &ClusterSpec,
+    folder: &Path,
+) -> Result<(Vec<Turn>, Vec<u32>), Failure> {
+    let log = folder.join("reference.log");
+    let spec = ServerSpec::alone(&folder.join("reference"), cluster.pinned, &cluster.model, log);
     let server = Server::start(&spec).await?;
     let all = (0..stage.script.len()).map(|conversation| {
-        let mut player = Player::new(server.client().clone(), stage.model.id.clone(), stage.script.clone());
+        let ids = stage.script.iter().map(|_| uuid::Uuid::now_v7()).collect();
+        let client = server.client().clone();
+        let mut player = Player::new(client, stage.model.id.clone(), stage.script.clone(), ids);
         async move {
             let mut turns = Vec::new();
             while player.upcoming(conversation).is_some() {
@@ -302,44 +199,66 @@ async fn reference(stage: &Stage, folder: &Path) -> Result<(Vec<Turn>, Vec<u32>)
     Ok((played.into_iter().flat_map(|(turns, _)| turns).collect(), answer))
 }
 
-/// Ends, or serves on until Ctrl-C.
+/// Ends, or serves on until Ctrl-C; a node that somebody kills meanwhile stays away for a while, and is started again.
 async fn finish(
     args: &DemoArgs,
     output: Output,
     stage: &Stage,
-    mut server: Server,
+    mut cluster: Cluster,
     failed: usize,
 ) -> Result<(), Failure> {
     if args.exit {
-        server.stop().await?;
+        cluster.stop().await?;
         return if failed == 0 {
             Ok(())
         } else {
             Err(Failure::failed(format!("{failed} of the checks failed")))
         };
     }
-    if !output.json {
-        print(&hints(server.client(), &stage.model.id))?;
-    }
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => server.stop().await,
-        how = server.ended() => Err(Failure::failed(format!("the node ended: {how}"))),
+    let say = |text: &str| if output.json { Ok(()) } else { print(text) };
+    say(&hints(&cluster.running(), &stage.model.id))?;
+    loop {
+        let (name, how) = tokio::select! {
+            _ = tokio::signal::ctrl_c() => return cluster.stop().await,
+            ended = cluster.ended() => ended,
+        };
+        say(&format!(
+            "{name} ended ({how}); its sessions go on at the others. Back in {} s.\n",
+            AWAY.as_secs()
+        ))?;
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => return cluster.stop().await,
+            () = tokio::time::sleep(AWAY) => {}
+        }
+        let took = cluster.refill().await?;
+        say(&format!("{name} is back, and filled again after {:.1} s.\n", took.as_secs_f64()))?;
+        say(&pids(&cluster.running()))?;
     }
 }
 
-fn hints(client: &Client, model: &str) -> String {
-    let url = client.url();
+/// The nodes with their processes.
+fn pids(nodes: &[(&str, &str, u32)]) -> String {
+    nodes.iter().map(|(name, url, pid)| format!("  {name}  {url}  pid {pid}\n")).collect()
+}
+
+fn hints(nodes: &[(&str, &str, u32)], model: &str) -> String {
+    let url = nodes.first().map_or("", |(_, url, _)| *url);
+    let pids = pids(nodes);
     format!(
         "
-The node goes on at {url} until Ctrl-C. Try, in another terminal:
+The nodes go on until Ctrl-C. Try, in another terminal:
 
-  curl {url}/v1/sessions
-  curl {url}/v1/gpus
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Session-ID: me' \\
-       -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Why is the sea salty?\"}}]}}'
   keepwarm chat --url {url} --session me
   keepwarm status --url {url}
+  curl {url}/v1/sessions
+  curl {url}/v1/cluster
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Session-ID: me' \\
+       -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Why is the sea salty?\"}}]}}'
   curl {url}/openapi.json
+
+kill -9 any of these, and go on with `keepwarm chat --session me` at the URL of another:
+
+{pids}
 "
     )
 }
@@ -358,18 +277,24 @@ mod tests {
         let script = script::parse(script::TEXT).unwrap();
         for model in [model(23_040, false), model(256, true)] {
             let (hbm, pinned) = sizes(&script, &model);
-            assert!(hbm.0 * (GPUS as u64) < pinned.0, "{hbm} {pinned}");
+            let gpus = hbm.0 * u64::from(cluster::NODES);
+            assert!(gpus < pinned.0, "{hbm} {pinned}");
             let all = script.len() as f64 * hbm.0 as f64 / SESSIONS_PER_GPU;
-            assert!((hbm.0 * GPUS as u64) as f64 <= 0.75 * all && all <= pinned.0 as f64);
+            assert!(gpus as f64 <= 0.75 * all && all <= pinned.0 as f64);
         }
     }
 
     #[test]
-    fn the_hints_name_the_address() {
-        let hints = hints(&Client::new("http://127.0.0.1:7777").unwrap(), "tiny");
-        assert!(
-            hints.contains("curl http://127.0.0.1:7777/openapi.json")
-                && hints.contains("\"model\": \"tiny\"")
-        );
+    fn the_hints_name_addresses_and_processes() {
+        let hints =
+            hints(&[("n1", "http://127.0.0.1:7777", 11), ("n2", "http://127.0.0.1:7778", 12)], "tiny");
+        for part in [
+            "curl http://127.0.0.1:7777/openapi.json",
+            "\"model\": \"tiny\"",
+            "kill -9 any of these",
+            "n2  http://127.0.0.1:7778  pid 12",
+        ] {
+            assert!(hints.contains(part), "{part}: {hints}");
+        }
     }
 }

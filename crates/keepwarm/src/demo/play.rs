@@ -57,7 +57,12 @@ fn request(model: &str, messages: &[ChatMessage], max_tokens: u32) -> ChatReques
 }
 
 fn binding(session: Option<Uuid>) -> ChatCall {
-    ChatCall { session: session.map(|id| id.to_string()), ..ChatCall::default() }
+    // With a key, a call whose node died before it answered may be sent again.
+    ChatCall {
+        session: session.map(|id| id.to_string()),
+        idempotency_key: session.map(|_| Uuid::new_v4().to_string()),
+        ..ChatCall::default()
+    }
 }
 
 /// Sends a history and takes the answer; `heard` is told of each piece.
@@ -88,15 +93,10 @@ pub(crate) async fn speak(
 }
 
 impl Player {
-    pub(crate) fn new(client: Client, model: String, script: Vec<Conversation>) -> Self {
-        let sessions = script.iter().map(|_| Uuid::now_v7()).collect();
+    /// `sessions` are the conversations' ids.
+    pub(crate) fn new(client: Client, model: String, script: Vec<Conversation>, sessions: Vec<Uuid>) -> Self {
         let histories = vec![Vec::new(); script.len()];
         Self { client, model, script, sessions, histories }
-    }
-
-    /// The server was started again, at another address.
-    pub(crate) fn reconnect(&mut self, client: Client) {
-        self.client = client;
     }
 
     pub(crate) const fn client(&self) -> &Client {

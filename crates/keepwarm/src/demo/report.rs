@@ -3,6 +3,7 @@
 use keepwarm_types::{Bytes, Source};
 use serde::Serialize;
 
+use super::act::Takeover;
 use super::checks::{Check, Recomputed, Restores};
 use super::figures::{BreakEven, median};
 use super::play::Turn;
@@ -14,6 +15,7 @@ pub(crate) struct Sources {
     pub(crate) turns: usize,
     pub(crate) from_hbm: usize,
     pub(crate) from_pinned: usize,
+    pub(crate) from_peer: usize,
     pub(crate) cold: usize,
     pub(crate) uncached: usize,
 }
@@ -25,6 +27,7 @@ impl Sources {
             turns: turns.len(),
             from_hbm: from(Source::Hbm),
             from_pinned: from(Source::Pinned),
+            from_peer: from(Source::Peer),
             cold: from(Source::None),
             uncached: turns.iter().filter(|turn| turn.uncached).count(),
         }
@@ -44,8 +47,7 @@ pub(crate) struct FirstToken {
 
 impl FirstToken {
     fn of(turns: &[Turn], recomputed: &[Recomputed]) -> Option<Self> {
-        let kept =
-            turns.iter().filter(|turn| matches!(turn.source, Source::Hbm | Source::Pinned) && !turn.uncached);
+        let kept = turns.iter().filter(|turn| turn.source != Source::None && !turn.uncached);
         let kept: Vec<_> = kept.map(|turn| turn.ttft_ms).collect();
         let (kept_ms, recomputed_ms) =
             (median(kept.iter().copied())?, median(recomputed.iter().map(|one| one.ttft_ms))?);
@@ -70,6 +72,7 @@ pub(crate) struct Report {
     pub(crate) sources: Sources,
     pub(crate) first_token: Option<FirstToken>,
     pub(crate) restores: Option<Restores>,
+    pub(crate) takeovers: Vec<Takeover>,
     pub(crate) break_even: Vec<BreakEven>,
     pub(crate) checks: Vec<Check>,
     pub(crate) seconds: f64,
@@ -100,6 +103,7 @@ impl Report {
             sources: Sources::of(turns),
             first_token,
             restores,
+            takeovers: Vec::new(),
             break_even: engine.into_iter().chain([BreakEven::eight_billion()]).collect(),
             checks,
             seconds: 0.0,
@@ -124,8 +128,8 @@ impl Report {
         line(
             "state came from",
             format!(
-                "HBM {} times, pinned memory {} times, nowhere (cold start) {} times{uncached}",
-                sources.from_hbm, sources.from_pinned, sources.cold
+                "HBM {} times, pinned memory {} times, a peer {} times, nowhere (cold start) {} times{uncached}",
+                sources.from_hbm, sources.from_pinned, sources.from_peer, sources.cold
             ),
         );
         if let Some(first) = &self.first_token {
@@ -152,6 +156,16 @@ impl Report {
                 ),
             ),
             None => line("restore from pinned", "not measured: nothing was moved".to_owned()),
+        }
+        for takeover in &self.takeovers {
+            let Takeover { node, conversations, first_answer_ms, refilled_s } = takeover;
+            line(
+                "take-over",
+                format!(
+                    "{node} killed, owner of {conversations} conversations: first answer of a survivor after {first_answer_ms:.0} ms; \
+                     back and filled {refilled_s:.1} s after its start"
+                ),
+            );
         }
         for even in &self.break_even {
             line(
@@ -201,7 +215,10 @@ mod tests {
         let recomputed = [Recomputed { ttft_ms: 2000.0, tokens: 1000 }];
         let checks = vec![Check::new("a", true, "x"), Check::new("b", false, "y")];
         let report = Report::new("m (random weights)".to_owned(), 23_040, &turns, &recomputed, None, checks);
-        assert_eq!(report.sources, Sources { turns: 4, from_hbm: 1, from_pinned: 2, cold: 1, uncached: 0 });
+        assert_eq!(
+            report.sources,
+            Sources { turns: 4, from_hbm: 1, from_pinned: 2, from_peer: 0, cold: 1, uncached: 0 }
+        );
         let first = report.first_token.unwrap();
         assert_eq!((first.kept_ms, first.ratio, first.prefill_tokens_per_s), (20.0, 100.0, 500.0));
         assert_eq!(report.failed(), 1);

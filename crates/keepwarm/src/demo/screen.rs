@@ -29,7 +29,8 @@ const SESSIONS_ASKED: u32 = 100;
 pub(crate) struct Row {
     pub(crate) title: String,
     pub(crate) session: Uuid,
-    pub(crate) gpu: Option<u16>,
+    /// The node and its GPU.
+    pub(crate) home: Option<String>,
     pub(crate) tier: String,
     pub(crate) tokens: u64,
     pub(crate) ttft_ms: Option<f64>,
@@ -136,9 +137,9 @@ impl Screen {
         row.ttft_ms = Some(ttft_ms);
         source.clone_into(&mut row.source);
         let line = format!(
-            "{:<42} gpu {} {:<7} {:>5} tokens  first token {:>8} from {:<9} {}",
+            "{:<42} {} {:<7} {:>5} tokens  first token {:>8} from {:<9} {}",
             row.title,
-            row.gpu.map_or_else(|| "-".to_owned(), |gpu| gpu.to_string()),
+            row.home.as_deref().unwrap_or("-"),
             row.tier,
             row.tokens,
             millis(ttft_ms),
@@ -162,10 +163,10 @@ impl Screen {
         board.fills.clear();
         for node in &cluster.nodes {
             for gpu in &node.gpus {
-                board.fills.push(Fill::new(format!("gpu {}", gpu.gpu), &gpu.arena, gpu.sessions));
+                board.fills.push(Fill::new(format!("{} hbm", node.name), &gpu.arena, gpu.sessions));
             }
             if let Some(pinned) = &node.pinned {
-                board.fills.push(Fill::new("pinned".to_owned(), &pinned.arena, pinned.sessions));
+                board.fills.push(Fill::new(format!("{} pinned", node.name), &pinned.arena, pinned.sessions));
             }
         }
         for row in &mut board.rows {
@@ -207,7 +208,8 @@ impl Screen {
 
 impl Row {
     fn take(&mut self, session: &Session) {
-        self.gpu = session.home.as_ref().and_then(|home| home.gpus.first().copied());
+        self.home =
+            session.home.as_ref().and_then(|home| Some(format!("{}/{}", home.node, home.gpus.first()?)));
         self.tokens = session.transcript_tokens.max(session.length_tokens);
         let tiers = session.tiers;
         let tier = match (tiers.hbm, tiers.pinned, session.cold_reason) {
@@ -242,12 +244,12 @@ fn bar(share: f64) -> String {
 
 fn picture(board: &Board) -> Vec<String> {
     let mut lines = vec![String::new(), board.phase.clone(), String::new()];
-    let mut table = Table::new([" ", "session", "gpu", "tier", "tokens", "first token", "from"]);
+    let mut table = Table::new([" ", "session", "node/gpu", "tier", "tokens", "first token", "from"]);
     for row in &board.rows {
         table.row([
             if row.speaking { ">" } else { " " }.to_owned(),
             row.title.clone(),
-            row.gpu.map_or_else(|| "-".to_owned(), |gpu| gpu.to_string()),
+            row.home.clone().unwrap_or_else(|| "-".to_owned()),
             row.tier.clone(),
             row.tokens.to_string(),
             row.ttft_ms.map_or_else(|| "-".to_owned(), millis),
@@ -259,7 +261,7 @@ fn picture(board: &Board) -> Vec<String> {
     for fill in &board.fills {
         let (used, reserved) = (Bytes(fill.used), Bytes(fill.reserved));
         lines.push(format!(
-            "  {:<7} {} {used} of {reserved}, {} sessions",
+            "  {:<10} {} {used} of {reserved}, {} sessions",
             fill.name,
             bar(fill.share()),
             fill.sessions

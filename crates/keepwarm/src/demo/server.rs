@@ -4,6 +4,7 @@
 //! itself when its standard input closes, which the system does for a demo that was killed. It has a process
 //! group of its own, so that Ctrl-C in the terminal reaches the demo alone.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -26,15 +27,28 @@ const LOG_LINES: usize = 12;
 /// How to start a server.
 #[derive(Debug, Clone)]
 pub(crate) struct ServerSpec {
-    pub(crate) data_dir: PathBuf,
-    /// What `--model` takes.
-    pub(crate) model: String,
-    pub(crate) gpus: usize,
-    /// Memory of each GPU.
-    pub(crate) hbm: Bytes,
-    pub(crate) pinned: Bytes,
+    /// What `serve` takes, beside where it listens.
+    arguments: Vec<OsString>,
     /// Where its log goes.
-    pub(crate) log: PathBuf,
+    log: PathBuf,
+}
+
+impl ServerSpec {
+    /// A node of a cluster, as its file has it.
+    pub(crate) fn node(config: &Path, name: &str, log: PathBuf) -> Self {
+        let arguments = ["--config".into(), config.into(), "--node".into(), name.into()];
+        Self { arguments: arguments.to_vec(), log }
+    }
+
+    /// A node alone, with one host GPU, at a port that is free.
+    pub(crate) fn alone(folder: &Path, memory: Bytes, model: &str, log: PathBuf) -> Self {
+        let gpu = format!("host={}", memory.0);
+        let pinned = memory.0.to_string();
+        let mut arguments: Vec<OsString> = ["--http", "127.0.0.1:0", "--data-dir"].map(Into::into).to_vec();
+        arguments.push(folder.into());
+        arguments.extend(["--gpu", &gpu, "--pinned", &pinned, "--model", model].map(Into::into));
+        Self { arguments, log }
+    }
 }
 
 /// A running server.
@@ -53,13 +67,7 @@ impl Server {
             .map_err(|error| Failure::failed(format!("this program's file: {error}")))?;
         let log = File::options().create(true).append(true).open(&spec.log)?;
         let mut command = Command::new(program);
-        command
-            .args(["serve", "--http", "127.0.0.1:0", "--until-stdin-ends", "--data-dir"])
-            .arg(&spec.data_dir);
-        for _ in 0..spec.gpus {
-            command.arg("--gpu").arg(format!("host={}", spec.hbm.0));
-        }
-        command.arg("--pinned").arg(spec.pinned.0.to_string()).arg("--model").arg(&spec.model);
+        command.args(["serve", "--until-stdin-ends"]).args(&spec.arguments);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).process_group(0).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| Failure::failed(format!("the server: {error}")))?;
         let stdin = child.stdin.take();
@@ -84,6 +92,11 @@ impl Server {
                 tail(&spec.log)
             ))),
         }
+    }
+
+    /// The process's number; none once it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
     }
 
     pub(crate) const fn client(&self) -> &Client {
