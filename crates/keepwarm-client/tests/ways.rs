@@ -32,8 +32,9 @@ struct Node {
 }
 
 impl Node {
+    /// Ends it, and returns when its sockets are closed.
     fn kill(&mut self) {
-        self.runtime.take().unwrap().shutdown_background();
+        self.runtime.take().unwrap().shutdown_timeout(DEADLINE);
     }
 }
 

@@ -45,6 +45,11 @@ pub(crate) enum Command {
     },
     /// Check a cluster.toml, or this machine.
     Check(CheckArgs),
+    /// GPUs of this machine.
+    Gpu {
+        #[command(subcommand)]
+        verb: GpuVerb,
+    },
     /// Show nodes, GPUs, memory and models.
     Status(Remote),
     /// List, show, move and end sessions.
@@ -214,6 +219,22 @@ pub(crate) struct CheckArgs {
     pub(crate) host: bool,
     /// Which node of the file this machine is; the only one where absent.
     #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<NodeName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GpuVerb {
+    /// Show the driver and its devices; with a file, what a node of it would reserve, and whether it can.
+    Probe(ProbeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProbeArgs {
+    /// The cluster's file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Which node of the file this machine is; the only one where absent.
+    #[arg(long, value_name = "NAME", requires = "config")]
     pub(crate) node: Option<NodeName>,
 }
 

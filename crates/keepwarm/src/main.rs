@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, Command, LogFormat, ModelVerb};
+use cli::{Cli, Command, GpuVerb, LogFormat, ModelVerb};
 use failure::Failure;
 use output::{Output, note};
 
@@ -66,6 +66,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Init(args) => commands::init::run(&args, output),
         Command::Cert { verb } => commands::cert::run(&verb, output),
         Command::Check(args) => commands::check::run(&args, output),
+        Command::Gpu { verb: GpuVerb::Probe(args) } => commands::gpu::probe(&args, output),
         Command::Status(remote) => commands::status::run(&remote, output).await,
         Command::Sessions { remote, verb } => commands::sessions::run(&remote, verb, output).await,
         Command::Chat(args) => commands::chat::run(args, output).await,

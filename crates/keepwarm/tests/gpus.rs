@@ -92,6 +92,49 @@ fn a_second_node_on_a_gpu_is_refused_and_the_first_serves() {
     assert!(line.starts_with("ready http="), "the claim ends with its process: {line}");
 }
 
+fn probe(folder: &Path, machine: &str, more: &[&str]) -> (Option<i32>, serde_json::Value) {
+    let output = keepwarm(folder, machine).args(["gpu", "probe", "--json"]).args(more).output().unwrap();
+    (output.status.code(), serde_json::from_slice(&output.stdout).unwrap_or_default())
+}
+
+#[test]
+fn probe_shows_what_there_is_what_a_node_takes_and_who_has_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = folder.path().join("machine.toml");
+    let uuids = [(); 2].map(|()| uuid::Uuid::now_v7());
+    let gpu = |uuid| format!("[[gpu]]\nname = \"Big\"\nmemory = \"64MiB\"\nuuid = \"{uuid}\"\n");
+    std::fs::write(&machine, uuids.map(gpu).concat()).unwrap();
+    let machine = machine.display().to_string();
+    let (mut holder, _) = started(&mut keepwarm(folder.path(), &machine));
+    let (code, found) = probe(folder.path(), &machine, &[]);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert_eq!((code, found["driver_version"].as_u64()), (Some(0), Some(12_080)), "{found}");
+    let [first, second] = [0, 1].map(|index| found["devices"][index].clone());
+    assert_eq!((&first["name"], &first["uuid"]), (&"Big".into(), &uuids[0].to_string().into()));
+    assert!(first["reason"].as_str().unwrap().contains("is in use already"), "{first}");
+    assert_eq!((&second["usable"], second["memory_bytes"].as_u64()), (&true.into(), Some(64 << 20)));
+
+    let config = folder.path().join("cluster.toml");
+    let text = |memory: &str| {
+        format!(
+            "version = 1\n[cluster]\nname = \"x\"\nreplication = 1\nshards = 64\n[[node]]\nname = \"n1\"\nhttp = \
+             \"127.0.0.1:7000\"\npinned = \"16MiB\"\n[[node.gpu]]\ndevice = \"cuda:0\"\nmemory = \"16MiB\"\n\
+             [[node.gpu]]\ndevice = \"cuda:1\"\nmemory = \"{memory}\"\n"
+        )
+    };
+    for (memory, code, fits) in [("32MiB", 0, true), ("1GiB", BAD_CONFIGURATION, false)] {
+        std::fs::write(&config, text(memory)).unwrap();
+        let (ended, found) =
+            probe(folder.path(), &machine, &["--config", &config.display().to_string(), "--node", "n1"]);
+        assert_eq!((ended, &found["reserved"][1]["fits"]), (Some(code), &fits.into()), "{found}");
+        let keys: Vec<_> = found["reserved"].as_array().unwrap().iter().map(|one| &one["key"]).collect();
+        assert_eq!(keys, ["gpu[0].memory", "gpu[1].memory", "pinned"]);
+    }
+    let (code, found) = probe(folder.path(), "driver=11080", &[]);
+    assert!(code == Some(0) && found["driver"].as_str().unwrap().contains("CUDA 11.8"), "{found}");
+}
+
 /// A server and the first line that it prints.
 fn started(command: &mut Command) -> (Child, String) {
     let mut child = command

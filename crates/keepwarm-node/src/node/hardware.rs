@@ -14,7 +14,7 @@ use crate::gpu::Board;
 use crate::router::gpu_index;
 
 /// The most that an engine on the CPU gets of the host's memory to work on behalf of one GPU: some 32 turns of 64 MiB.
-const WORKSPACE_MAX: Bytes = Bytes(2 << 30);
+pub const WORKSPACE_MAX: Bytes = Bytes(2 << 30);
 
 /// Reserved memory and running devices.
 pub(super) struct Hardware {

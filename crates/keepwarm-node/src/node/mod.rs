@@ -10,4 +10,5 @@ mod actor;
 mod hardware;
 mod start;
 
+pub use hardware::WORKSPACE_MAX;
 pub use start::{Node, ShutdownReport, StartError};

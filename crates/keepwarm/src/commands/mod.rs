@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod cert;
 pub(crate) mod chat;
 pub(crate) mod check;
+pub(crate) mod gpu;
 pub(crate) mod init;
 pub(crate) mod model;
 pub(crate) mod sessions;

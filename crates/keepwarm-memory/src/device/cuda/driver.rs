@@ -11,6 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use keepwarm_types::Bytes;
 
+use super::context::Context;
 use crate::region::ReserveError;
 
 /// The oldest driver that is used, as `cuDriverGetVersion` says it: the first with every call of the table.
@@ -360,6 +361,17 @@ impl CudaDriver {
     /// [`CudaError::NoDevice`] where there is none of that name, [`CudaError::Call`].
     pub fn find(&self, selector: &CudaSelector) -> Result<CudaFound, CudaError> {
         self.select(selector).map(|(found, _)| found)
+    }
+
+    /// Memory of a device that is free, and all that this process may have: what other processes use is not free, and a
+    /// limit of the Multi-Process Service counts as the device's end. Makes a context for the moment, which takes the device
+    /// some memory and the driver some tenths of a second.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn free(&self, selector: &CudaSelector) -> Result<(Bytes, Bytes), CudaError> {
+        let (_, device) = self.select(selector)?;
+        Context::retain(self, device)?.memory()
     }
 
     /// Finds a device and its handle.

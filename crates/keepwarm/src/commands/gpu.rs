@@ -1,0 +1,207 @@
+//! `keepwarm gpu probe`: what GPUs there are, what a node would take of them, and why one cannot be used.
+
+use keepwarm_config::{Config, DeviceKind, NodeConfig};
+use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector};
+use keepwarm_node::WORKSPACE_MAX;
+use keepwarm_types::Bytes;
+use serde::Serialize;
+
+use super::check;
+use crate::cli::ProbeArgs;
+use crate::failure::Failure;
+use crate::output::{Output, Table};
+
+/// What the Multi-Process Service reads: the most that a client may pin of each device.
+const MPS_LIMIT: &str = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT";
+/// Which devices the driver shows; the only way to a MIG instance.
+const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
+
+/// A device that the driver shows.
+#[derive(Debug, Serialize)]
+struct Probed {
+    device: String,
+    name: String,
+    uuid: String,
+    memory_bytes: u64,
+    /// Where it could be asked.
+    free_bytes: Option<u64>,
+    compute_capability: String,
+    usable: bool,
+    /// What speaks against it.
+    reason: Option<String>,
+}
+
+/// What a node of the file would take.
+#[derive(Debug, Serialize)]
+struct Wanted {
+    key: String,
+    device: String,
+    bytes: u64,
+    fits: bool,
+    why: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Probe {
+    /// 1000 times the major plus ten times the minor version of CUDA.
+    driver_version: Option<u32>,
+    /// Why there is no driver to ask.
+    driver: Option<String>,
+    devices: Vec<Probed>,
+    reserved: Vec<Wanted>,
+    /// What of the environment decides about devices.
+    environment: Vec<String>,
+}
+
+pub(crate) fn probe(args: &ProbeArgs, output: Output) -> Result<(), Failure> {
+    let config = args.config.as_deref().map(check::load).transpose()?;
+    let node = config.as_ref().map(|config| check::node(config, args.node.as_ref())).transpose()?;
+    let environment = [VISIBLE, MPS_LIMIT].iter().filter_map(|name| {
+        let value = std::env::var(name).ok()?;
+        Some(format!("{name}={value}"))
+    });
+    let mut probe = Probe {
+        driver_version: None,
+        driver: None,
+        devices: Vec::new(),
+        reserved: Vec::new(),
+        environment: environment.collect(),
+    };
+    let driver = match CudaDriver::load() {
+        Ok(driver) => Some(driver),
+        Err(error) => {
+            probe.driver = Some(error.to_string());
+            None
+        }
+    };
+    if let Some(driver) = &driver {
+        probe.driver_version = driver.version().ok();
+        match driver.devices() {
+            Ok(devices) => probe.devices = devices.iter().map(|found| probed(driver, found)).collect(),
+            Err(error) => probe.driver = Some(error.to_string()),
+        }
+    }
+    if let (Some(config), Some(node)) = (&config, node) {
+        probe.reserved = reserved(driver.as_ref(), config, node);
+    }
+    output.show(&probe, text)?;
+    match probe.reserved.iter().filter(|wanted| !wanted.fits).count() {
+        0 => Ok(()),
+        count => Err(Failure::config(format!("{count} of the node's reservations cannot be made"))),
+    }
+}
+
+fn probed(driver: &CudaDriver, found: &CudaFound) -> Probed {
+    let free = driver.free(&CudaSelector::Number(found.number));
+    let reason = match (&free, found.claim()) {
+        (Err(error), _) => Some(error.to_string()),
+        (Ok(_), Err(error)) => Some(error.to_string()),
+        (Ok(_), Ok(_)) if !found.pools => Some("it has no stream-ordered memory pools".to_owned()),
+        (Ok(_), Ok(_)) => None,
+    };
+    let (major, minor) = found.capability;
+    Probed {
+        device: format!("cuda:{}", found.number),
+        name: found.name.clone(),
+        uuid: found.uuid.clone(),
+        memory_bytes: found.memory.0,
+        free_bytes: free.ok().map(|(free, _)| free.0),
+        compute_capability: format!("{major}.{minor}"),
+        usable: reason.is_none(),
+        reason,
+    }
+}
+
+/// What the node takes, by the keys that say so.
+fn reserved(driver: Option<&CudaDriver>, config: &Config, node: &NodeConfig) -> Vec<Wanted> {
+    let mut reserved = Vec::new();
+    for (index, gpu) in node.gpus.iter().enumerate() {
+        let key = format!("gpu[{index}].memory");
+        let (fits, why) = match (&gpu.device, driver) {
+            (DeviceKind::Host, _) => (true, "the host's memory in a GPU's place".to_owned()),
+            (_, None) => (false, "there is no driver".to_owned()),
+            (DeviceKind::Cuda(number), Some(driver)) => {
+                arena(driver, &CudaSelector::Number(*number), gpu.memory)
+            }
+            (DeviceKind::Mig(uuid), Some(driver)) => {
+                arena(driver, &CudaSelector::Uuid(uuid.clone()), gpu.memory)
+            }
+        };
+        reserved.push(Wanted { key, device: gpu.device.to_string(), bytes: gpu.memory.0, fits, why });
+    }
+    let locked = node.gpus.iter().any(|gpu| gpu.device != DeviceKind::Host);
+    let by = if locked { "page-locked by the driver, for all GPUs" } else { "locked where the limit allows" };
+    let why = format!("cold copies, and what is on its way; {by}");
+    let bytes = node.pinned.0;
+    reserved.push(Wanted { key: "pinned".to_owned(), device: "host".to_owned(), bytes, fits: true, why });
+    if locked && !config.models.is_empty() {
+        let why = format!(
+            "where the built-in engine works for its GPUs, as much as each has, {WORKSPACE_MAX} at most"
+        );
+        let of = |gpu: &keepwarm_config::GpuConfig| match gpu.device {
+            DeviceKind::Host => 0,
+            _ => gpu.memory.0.min(WORKSPACE_MAX.0),
+        };
+        let bytes = node.gpus.iter().map(of).sum();
+        reserved.push(Wanted { key: "model".to_owned(), device: "host".to_owned(), bytes, fits: true, why });
+    }
+    reserved
+}
+
+fn arena(driver: &CudaDriver, selector: &CudaSelector, wanted: Bytes) -> (bool, String) {
+    match driver.free(selector) {
+        Ok((free, total)) if wanted <= free => {
+            (true, format!("the arena, once, at start; {free} of {total} are free"))
+        }
+        Ok((free, total)) => (false, format!("only {free} of {total} are free: ask for less")),
+        Err(error) => (false, error.to_string()),
+    }
+}
+
+fn text(probe: &Probe) -> String {
+    let mut text = match (&probe.driver, probe.driver_version) {
+        (Some(error), _) => format!("driver: {error}\n"),
+        (None, Some(version)) => {
+            format!(
+                "driver: CUDA {}.{}, {} devices\n",
+                version / 1000,
+                version % 1000 / 10,
+                probe.devices.len()
+            )
+        }
+        (None, None) => "driver: it does not tell its version\n".to_owned(),
+    };
+    for line in &probe.environment {
+        text.push_str(&format!("{line}\n"));
+    }
+    if !probe.devices.is_empty() {
+        let mut table = Table::new(["device", "name", "uuid", "memory", "free", "capability", "usable"]);
+        for found in &probe.devices {
+            table.row([
+                found.device.clone(),
+                found.name.clone(),
+                found.uuid.clone(),
+                Bytes(found.memory_bytes).to_string(),
+                found.free_bytes.map_or_else(|| "-".to_owned(), |free| Bytes(free).to_string()),
+                found.compute_capability.clone(),
+                found.reason.clone().map_or_else(|| "yes".to_owned(), |reason| format!("no: {reason}")),
+            ]);
+        }
+        text.push_str(&table.render());
+    }
+    if !probe.reserved.is_empty() {
+        let mut table = Table::new(["key", "device", "reserved", "", "why"]);
+        for wanted in &probe.reserved {
+            table.row([
+                wanted.key.clone(),
+                wanted.device.clone(),
+                Bytes(wanted.bytes).to_string(),
+                if wanted.fits { "fits" } else { "does not fit" }.to_owned(),
+                wanted.why.clone(),
+            ]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    text
+}
