@@ -190,11 +190,6 @@ fn registry_settings(
     recovered: &Recovered,
     cluster_id: u128,
 ) -> Settings {
-    let suspect_after = Millis(u64::try_from(config.suspect_after.as_millis()).unwrap_or(u64::MAX));
-    let timers = Timers {
-        detector: DetectorSettings { suspect_after, ..DetectorSettings::default() },
-        ..Timers::default()
-    };
     Settings {
         node: node.name.clone(),
         disk: recovered.disk_id,
@@ -204,8 +199,18 @@ fn registry_settings(
         nodes: config.nodes.iter().map(|node| node.name.clone()).collect(),
         expected: config.storing().count(),
         registry: RegistrySettings { shards: config.shards, replication: config.replication as usize },
-        timers,
+        timers: Timers { detector: detector(config), ..Timers::default() },
         bootstrap: if node.voter { Bootstrap::Allowed { cluster_id } } else { Bootstrap::Forbidden },
+    }
+}
+
+/// What the spec says of failures.
+fn detector(config: &Config) -> DetectorSettings {
+    let millis = |duration: Duration| Millis(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+    DetectorSettings {
+        suspect_after: millis(config.suspect_after),
+        give_up_after: config.give_up_after.map(millis),
+        ..DetectorSettings::default()
     }
 }
 
@@ -236,8 +241,10 @@ impl RegistryLink for OverLinks {
 
 #[cfg(test)]
 mod tests {
+    use keepwarm_config::SingleNode;
     use keepwarm_core::registry::Refused;
     use keepwarm_registry::ProposeError;
+    use keepwarm_types::Bytes;
 
     use super::*;
 
@@ -257,5 +264,23 @@ mod tests {
         let links = |cause| JoinError::Links { node: "n1".parse().unwrap(), cause };
         assert!(links(taken).is_unavailable());
         assert!(!links(QuicError::Open(listen)).is_unavailable());
+    }
+
+    #[test]
+    fn the_specs_times_are_the_detectors() {
+        let node = SingleNode {
+            name: "n1".parse().unwrap(),
+            http: "127.0.0.1:0".to_owned(),
+            gpus: Vec::new(),
+            pinned: Bytes(1 << 20),
+            data_dir: None,
+            models: Vec::new(),
+        };
+        let mut config = Config::single(node);
+        assert_eq!(detector(&config), DetectorSettings::default());
+        config.suspect_after = Duration::from_millis(700);
+        config.give_up_after = Some(Duration::from_secs(3600));
+        let detector = detector(&config);
+        assert_eq!((detector.suspect_after, detector.give_up_after), (Millis(700), Some(Millis(3_600_000))));
     }
 }
