@@ -1,7 +1,8 @@
 //! Bytes of blocks between the pinned arenas of two nodes, verified where they arrive.
 //!
 //! A stream carries one batch: a header that names the blocks, then their bytes one after another. They go straight
-//! into pinned blocks and are hashed as they come; what does not have its checksum is refused as a whole.
+//! into pinned blocks and are hashed as they come; what does not have its checksum is refused as a whole. A session that is
+//! too large for one batch goes in several, one after another.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use keepwarm_memory::{Block, BlockHasher, BlockMut, CHUNK_BYTES};
 use keepwarm_transport::{ByteStream, Class, LinkError};
 use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, Tier};
 use keepwarm_wire::Frame;
-use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
+use keepwarm_wire::blocks::{BLOCKS_MAX, BlocksAnswer, BlocksHeader, Direction};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -24,8 +25,10 @@ use crate::pinned::Pool;
 use crate::shard::ShardMsg;
 use crate::write::size_class;
 
-/// How long one batch may take: 16 GiB at a tenth of a 10 Gbit/s link would be longer, and is sent in several.
+/// How long one batch may take.
 const BATCH_DEADLINE: Duration = Duration::from_secs(30);
+/// Bytes of one batch, but for a block that alone has more: 17 s on a tenth of a 10 Gbit/s link.
+const BATCH_BYTES_MAX: u64 = 2 << 30;
 /// Bytes read from a stream at once.
 const READ_BYTES: usize = 256 << 10;
 
@@ -37,8 +40,22 @@ fn unreachable_by(error: &LinkError) -> CopyFailed {
 impl Cluster {
     /// Copies blocks to a holder; done once it has verified and kept them.
     ///
-    /// Dropping the future resets the stream; the holder then keeps nothing.
+    /// Dropping the future resets the stream; the holder then keeps nothing of its batch.
     pub(crate) async fn push(
+        &self,
+        to: &Member,
+        generation: Generation,
+        key: &SessionKey,
+        birth: Birth,
+        blocks: Vec<Block>,
+    ) -> Result<(), CopyFailed> {
+        for batch in batches(blocks, |block| block.length() as u64, BLOCKS_MAX, BATCH_BYTES_MAX) {
+            self.push_batch(to, generation, key, birth, batch).await?;
+        }
+        Ok(())
+    }
+
+    async fn push_batch(
         &self,
         to: &Member,
         generation: Generation,
@@ -75,6 +92,21 @@ impl Cluster {
 
     /// Fetches blocks from a holder into pinned memory, verified.
     pub(crate) async fn pull(
+        &self,
+        from: &Member,
+        generation: Generation,
+        key: &SessionKey,
+        birth: Birth,
+        blocks: Vec<BlockRef>,
+    ) -> Result<Vec<Block>, CopyFailed> {
+        let mut pulled = Vec::with_capacity(blocks.len());
+        for batch in batches(blocks, |block| u64::from(block.length), BLOCKS_MAX, BATCH_BYTES_MAX) {
+            pulled.extend(self.pull_batch(from, generation, key, birth, batch).await?);
+        }
+        Ok(pulled)
+    }
+
+    async fn pull_batch(
         &self,
         from: &Member,
         generation: Generation,
@@ -119,6 +151,23 @@ impl Cluster {
         let shard = self.count.shard_of(key.id);
         BlocksHeader { shard, generation, key: key.clone(), birth, blocks, direction }
     }
+}
+
+/// Cuts blocks into batches, in their order, each of so many and so many bytes at most; a block that alone has more is a
+/// batch by itself. Without blocks there is one empty batch, which still asks the other node.
+fn batches<T>(blocks: Vec<T>, length: impl Fn(&T) -> u64, most: usize, bytes_most: u64) -> Vec<Vec<T>> {
+    let (mut batches, mut batch, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for block in blocks {
+        let more = length(&block);
+        if !batch.is_empty() && (batch.len() == most || bytes + more > bytes_most) {
+            batches.push(std::mem::take(&mut batch));
+            bytes = 0;
+        }
+        bytes += more;
+        batch.push(block);
+    }
+    batches.push(batch);
+    batches
 }
 
 /// Serves another node's batch.
@@ -266,4 +315,18 @@ fn no_room(error: &Error) -> CopyFailed {
 /// Sizes to reserve, in the blocks' order.
 fn sizes(blocks: &[BlockRef]) -> Vec<(Bytes, usize)> {
     blocks.iter().map(|block| (size_class(block.length.into(), u64::MAX), 1)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_keep_order_count_and_bytes() {
+        let cut = |lengths: &[u64]| batches(lengths.to_vec(), |length| *length, 3, 10);
+        assert_eq!(cut(&[]), [Vec::<u64>::new()]);
+        assert_eq!(cut(&[1, 2, 3, 4]), [vec![1, 2, 3], vec![4]]);
+        assert_eq!(cut(&[5, 5, 1]), [vec![5, 5], vec![1]]);
+        assert_eq!(cut(&[4, 50, 4, 4]), [vec![4], vec![50], vec![4, 4]]);
+    }
 }
