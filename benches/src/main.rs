@@ -11,6 +11,7 @@
 
 mod brain;
 mod engine;
+mod gpu;
 mod parts;
 mod peers;
 mod registry;
@@ -30,7 +31,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
 
 type Bench = (&'static str, fn());
 
-const BENCHES: [Bench; 9] = [
+const BENCHES: [Bench; 10] = [
     ("parts", parts::run),
     ("restore", restore::run),
     ("engine", engine::run),
@@ -40,6 +41,7 @@ const BENCHES: [Bench; 9] = [
     ("registry", registry::run),
     ("peers", peers::run),
     ("takeover", takeover::run),
+    ("gpu", gpu::run),
 ];
 
 fn main() {

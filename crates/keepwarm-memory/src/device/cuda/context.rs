@@ -95,9 +95,14 @@ impl DeviceMemory {
         call!(driver, allocate(&raw mut address, bytes as usize)).map_err(refused)?;
         let memory = Self { context: Arc::clone(context), address, bytes };
         let stream = Stream::create(context)?;
-        stream.fill(Place { address, region: address, context: Some(context.handle) }, 0, bytes as usize)?;
+        stream.fill(memory.place(), 0, bytes as usize)?;
         stream.settle()?;
         Ok(memory)
+    }
+
+    /// Its place, for copies.
+    pub(super) fn place(&self) -> Place {
+        Place { address: self.address, region: self.address, context: Some(self.context.handle) }
     }
 }
 

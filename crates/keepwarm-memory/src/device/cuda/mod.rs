@@ -26,11 +26,12 @@ pub(in crate::device) use kernels::tests::compiled as compiled_kernels;
 pub(in crate::device) use moves::Moves;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use keepwarm_types::Bytes;
 
-use self::context::{Context, DeviceMemory, HostMemory};
+use self::context::{Context, DeviceMemory, HostMemory, Stream};
 use self::kernels::Kernels;
 use self::poll::Poller;
 use super::batch::{Submission, Work, enqueue};
@@ -116,6 +117,26 @@ impl CudaDevice {
         Arena::over(settings, None, |bytes| {
             HostMemory::reserve(&self.context, bytes).map(|memory| Region::foreign(Box::new(memory)))
         })
+    }
+
+    /// How long one plain copy of so many bytes takes between page-locked memory and the device, unverified: what the link
+    /// can do, for figures to be held against. Reserves both ends for the moment, and waits for the device.
+    ///
+    /// # Errors
+    /// [`CudaError`] where there is no room for the ends.
+    pub fn time_plain_copy(&self, direction: Direction, bytes: Bytes) -> Result<Duration, CudaError> {
+        self.context.enter()?;
+        let there = DeviceMemory::reserve(&self.context, &self.name, bytes.0)?;
+        let here = HostMemory::reserve(&self.context, bytes.0)?;
+        let stream = Stream::create(&self.context)?;
+        let (to, from) = match direction {
+            Direction::In => (there.place(), here.place()),
+            Direction::Out => (here.place(), there.place()),
+        };
+        let begun = Instant::now();
+        stream.copy(to, from, bytes.0 as usize)?;
+        stream.settle()?;
+        Ok(begun.elapsed())
     }
 
     fn enqueue<S: Step>(
