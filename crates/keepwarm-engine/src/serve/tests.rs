@@ -22,6 +22,15 @@ struct Bench {
     service: Service,
 }
 
+impl Bench {
+    /// Ends the node, and lets go of its GPU, so that the next one may have it.
+    async fn end(self) {
+        let Self { node, handle, service } = self;
+        drop((handle, service));
+        node.shutdown(DEADLINE).await;
+    }
+}
+
 async fn bench(folder: Option<&Path>, hbm: u64) -> Bench {
     let model = ModelConfig {
         name: "tiny".to_owned(),
@@ -111,14 +120,14 @@ async fn conversation<F: AsyncFnMut(Bench) -> Bench>(mut bench: Bench, mut betwe
 #[tokio::test(flavor = "multi_thread")]
 async fn evicted_or_killed_a_conversation_goes_on_with_the_same_tokens() {
     let (undisturbed, expected) = conversation(bench(None, 8 << 20).await, async |bench| bench).await;
-    undisturbed.node.shutdown(DEADLINE).await;
+    undisturbed.end().await;
     let (evicted, tokens) = conversation(bench(None, 8 << 20).await, async |bench| {
         bench.handle.demote(&key(1), Tier::Pinned).await.unwrap();
         bench
     })
     .await;
     assert_eq!(tokens, expected, "evicted from HBM");
-    evicted.node.shutdown(DEADLINE).await;
+    evicted.end().await;
     let (damaged, tokens) = conversation(bench(None, 8 << 20).await, async |bench| {
         bench.handle.demote(&key(1), Tier::Pinned).await.unwrap();
         bench.handle.flip_pinned_bit(&key(1)).await.unwrap();
@@ -126,17 +135,15 @@ async fn evicted_or_killed_a_conversation_goes_on_with_the_same_tokens() {
     })
     .await;
     assert_eq!(tokens, expected, "its pinned bytes damaged");
-    damaged.node.shutdown(DEADLINE).await;
+    damaged.end().await;
     let folder = tempfile::tempdir().unwrap();
     let (restarted, tokens) = conversation(bench(Some(folder.path()), 8 << 20).await, async |old| {
-        let Bench { node, handle, service } = old;
-        drop((handle, service));
-        node.shutdown(DEADLINE).await;
+        old.end().await;
         bench(Some(folder.path()), 8 << 20).await
     })
     .await;
     assert_eq!(tokens, expected, "restarted between turns");
-    restarted.node.shutdown(DEADLINE).await;
+    restarted.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -149,7 +156,7 @@ async fn a_second_turn_reuses_the_first_ones_state() {
     let (second, ..) = answer(&bench.service, request(Some(1), &history)).await.unwrap();
     assert_eq!(second.source, Source::Hbm);
     assert!(second.cached_tokens + 1 >= first.prompt_tokens, "{second:?}");
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -176,7 +183,7 @@ async fn a_history_that_leaves_the_stored_one_forks_and_destroys_nothing() {
     again.extend([message("assistant", &branch.messages[3].content), message("user", "go on")]);
     let (third, ..) = answer(&bench.service, request(Some(1), &again)).await.unwrap();
     assert_eq!((third.session, third.diverged_at), (Some(child), None), "the branch is found again");
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,7 +201,7 @@ async fn if_match_names_what_the_messages_follow() {
     assert_eq!(stored.messages.len(), 4);
     let stale = answer(&bench.service, following(first.etag)).await.unwrap_err();
     assert!(matches!(stale, ChatError::Store(_)), "{stale}");
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +229,7 @@ async fn without_room_a_turn_runs_uncached_and_says_so() {
             .unwrap();
     drop(held);
     assert!(finished.uncached && started.source == Source::None, "{started:?} {finished:?}");
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -242,7 +249,7 @@ async fn eight_at_once_are_answered_as_each_alone() {
     for (alone, together) in alone.into_iter().zip(together) {
         assert_eq!(alone, together.await.unwrap());
     }
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -259,7 +266,7 @@ async fn a_repeated_key_gets_the_same_turn_and_bad_calls_say_why() {
     assert!(matches!(answer(&bench.service, unknown).await, Err(ChatError::UnknownModel { .. })));
     let long = request(None, &[message("user", &"x".repeat(9000))]);
     assert!(matches!(answer(&bench.service, long).await, Err(ChatError::TooLong { .. })));
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -294,7 +301,7 @@ async fn calls_with_one_key_at_once_make_one_turn() {
         change(&mut other);
         assert!(matches!(answer(&bench.service, other).await, Err(ChatError::InvalidField { .. })));
     }
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -316,7 +323,7 @@ async fn a_key_whose_first_call_went_away_is_free_for_the_next() {
         }
         tokio::task::yield_now().await;
     }
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -347,7 +354,7 @@ async fn a_reader_that_is_behind_gets_the_whole_answer() {
     }
     assert!(pieces >= EVENTS_AHEAD - 1, "the answer had no more than {pieces} pieces");
     assert_eq!(text, said);
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -365,5 +372,5 @@ async fn a_diverging_turn_that_is_given_up_leaves_no_fork() {
         assert!(Instant::now() < deadline, "the fork is still there");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    bench.node.shutdown(DEADLINE).await;
+    bench.end().await;
 }

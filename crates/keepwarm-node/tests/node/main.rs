@@ -212,8 +212,9 @@ async fn sessions_go_from_pinned_to_hbm_and_make_room_for_others() {
         for (n, key) in keys.iter().enumerate() {
             let activation = handle.activate(key, ActivateRequest::default()).await.unwrap();
             let owner = Owner { tenant: tenant(), birth: activation.manifest.birth };
+            let blocks = handle.on_cpu(&owner, activation.home.gpu, &activation.blocks[0]).await.unwrap();
             let bytes: Vec<u8> =
-                activation.blocks[0].iter().flat_map(|block| block.bytes(&owner).unwrap()).copied().collect();
+                blocks.iter().flat_map(|block| block.bytes(&owner).unwrap()).copied().collect();
             assert_eq!(bytes, pattern(n as u64, 6144), "round {round}");
             handle.release(key, activation.lease.id).await.unwrap();
         }

@@ -3,6 +3,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use keepwarm_types::Bytes;
 
@@ -26,13 +27,15 @@ pub(super) struct Context {
     driver: CudaDriver,
     device: c_int,
     handle: usize,
+    /// Events that are late and have not passed since.
+    late: AtomicUsize,
 }
 
 impl Context {
     pub(super) fn retain(driver: &CudaDriver, device: c_int) -> Result<Arc<Self>, CudaError> {
         let mut handle = 0;
         call!(driver, retain(&raw mut handle, device))?;
-        Ok(Arc::new(Self { driver: driver.clone(), device, handle }))
+        Ok(Arc::new(Self { driver: driver.clone(), device, handle, late: AtomicUsize::new(0) }))
     }
 
     /// Which it is, as [`Place`] names it.
@@ -58,17 +61,31 @@ impl Context {
         Ok((Bytes(free as u64), Bytes(total as u64)))
     }
 
-    /// Says that something could not be given back: there is nobody to tell, and the process may go on.
-    fn leak(&self, what: &str, error: &CudaError) {
-        tracing::warn!(device = self.device, %error, "{what} was not given back");
+    /// An event is late.
+    pub(super) fn hangs(&self) {
+        self.late.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// One that was late has passed.
+    pub(super) fn moves_again(&self) {
+        self.late.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Gives something back to the driver. Not while the device hangs: such calls wait for it, and a node that stops would
+    /// wait with them; what is kept goes back to the system with the process.
+    pub(super) fn give_back(&self, what: &str, give: impl FnOnce() -> Result<(), CudaError>) {
+        if self.late.load(Ordering::SeqCst) > 0 {
+            tracing::warn!(device = self.device, "{what} was not given back: the device hangs");
+        } else if let Err(error) = give() {
+            // There is nobody to tell, and the process may go on.
+            tracing::warn!(device = self.device, %error, "{what} was not given back");
+        }
     }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        if let Err(error) = call!(self.driver, release(self.device)) {
-            self.leak("a context", &error);
-        }
+        self.give_back("a context", || call!(self.driver, release(self.device)));
     }
 }
 
@@ -122,10 +139,10 @@ impl Foreign for DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        let freed = self.context.enter().and_then(|()| call!(self.context.driver, free(self.address)));
-        if let Err(error) = freed {
-            self.context.leak("device memory", &error);
-        }
+        let Self { context, address, .. } = self;
+        context.give_back("device memory", || {
+            context.enter().and_then(|()| call!(context.driver, free(*address)))
+        });
     }
 }
 
@@ -185,10 +202,10 @@ impl Foreign for HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        let freed = self.context.enter().and_then(|()| call!(self.context.driver, free_host(self.address)));
-        if let Err(error) = freed {
-            self.context.leak("page-locked memory", &error);
-        }
+        let Self { context, address, .. } = self;
+        context.give_back("page-locked memory", || {
+            context.enter().and_then(|()| call!(context.driver, free_host(*address)))
+        });
     }
 }
 
@@ -287,11 +304,10 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let given =
-            self.context.enter().and_then(|()| call!(self.context.driver, stream_destroy(self.handle)));
-        if let Err(error) = given {
-            self.context.leak("a stream", &error);
-        }
+        let Self { context, handle } = self;
+        context.give_back("a stream", || {
+            context.enter().and_then(|()| call!(context.driver, stream_destroy(*handle)))
+        });
     }
 }
 
@@ -314,10 +330,9 @@ impl Mark {
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        let given =
-            self.context.enter().and_then(|()| call!(self.context.driver, event_destroy(self.handle)));
-        if let Err(error) = given {
-            self.context.leak("an event", &error);
-        }
+        let Self { context, handle } = self;
+        context.give_back("an event", || {
+            context.enter().and_then(|()| call!(context.driver, event_destroy(*handle)))
+        });
     }
 }

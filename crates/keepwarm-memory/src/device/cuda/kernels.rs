@@ -292,14 +292,11 @@ impl Kernels {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        let entered = self.context.enter();
-        for module in &self.modules {
-            let unloaded = entered.as_ref().map_err(ToString::to_string).and_then(|()| {
-                call!(self.context.driver(), module_unload(*module)).map_err(|error| error.to_string())
+        let Self { context, modules, .. } = self;
+        for module in modules {
+            context.give_back("a module", || {
+                context.enter().and_then(|()| call!(context.driver(), module_unload(*module)))
             });
-            if let Err(error) = unloaded {
-                tracing::warn!(error, "a module was not given back");
-            }
         }
     }
 }

@@ -100,7 +100,7 @@ fn run(watches: &Receiver<Watch>, context: &Context, health: &Health, patience: 
             Err(TryRecvError::Empty) => {}
         }
         let before = waiting.len();
-        waiting.retain_mut(|watch| !settled(watch, health, patience));
+        waiting.retain_mut(|watch| !settled(watch, context, health, patience));
         if waiting.len() < before {
             active = Instant::now();
         }
@@ -108,12 +108,13 @@ fn run(watches: &Receiver<Watch>, context: &Context, health: &Health, patience: 
 }
 
 /// Whether the last word on it was told.
-fn settled(watch: &mut Watch, health: &Health, patience: Duration) -> bool {
+fn settled(watch: &mut Watch, context: &Context, health: &Health, patience: Duration) -> bool {
     let last = match watch.mark.passed() {
         Ok(true) => Passed::Done,
         Ok(false) => {
             if !watch.late && Instant::now() >= watch.deadline {
                 watch.late = true;
+                context.hangs();
                 health.fence(&format!("it hangs: an event has not passed within {patience:?}"));
                 drop(watch.tell.send(Passed::Late));
             }
@@ -124,6 +125,9 @@ fn settled(watch: &mut Watch, health: &Health, patience: Duration) -> bool {
             Passed::Failed(error)
         }
     };
+    if watch.late {
+        context.moves_again();
+    }
     drop(watch.tell.send(last));
     true
 }
