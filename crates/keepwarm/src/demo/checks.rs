@@ -7,7 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::figures::{gb_per_s, median, memcpy_gb_per_s};
-use super::play::{Player, Turn, speak};
+use super::play::{ANSWER_TOKENS, Player, Turn, binding, speak};
 use crate::failure::Failure;
 use keepwarm_client::ChatMessage;
 
@@ -122,7 +122,7 @@ pub(crate) struct Recomputed {
 
 /// Sends a history without a session: all of it is computed.
 pub(crate) async fn recompute(player: &Player, messages: &[ChatMessage]) -> Result<Recomputed, Failure> {
-    let spoken = speak(player.client(), player.model(), messages, None, 1, |_| ()).await?;
+    let spoken = speak(player.client(), player.model(), messages, &binding(None), 1, |_| ()).await?;
     let usage = spoken.end.usage;
     let tokens = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens.min(usage.prompt_tokens);
     Ok(Recomputed { ttft_ms: spoken.ttft_ms, tokens })
@@ -164,8 +164,7 @@ pub(crate) async fn probe(player: &Player, conversation: usize, question: &str) 
 /// Asks in a copy, which must not fork; gives its tokens and how many of them were not computed again.
 async fn ask(player: &Player, messages: &[ChatMessage], copy: Uuid) -> Result<(Vec<u32>, u64), Failure> {
     let spoken =
-        speak(player.client(), player.model(), messages, Some(copy), super::play::ANSWER_TOKENS, |_| ())
-            .await?;
+        speak(player.client(), player.model(), messages, &binding(Some(copy)), ANSWER_TOKENS, |_| ()).await?;
     let used = spoken.end.session.as_deref().and_then(|id| id.parse().ok()).unwrap_or(copy);
     let transcript = player.client().transcript(used).await?;
     Ok((transcript.tokens, spoken.end.usage.prompt_tokens_details.cached_tokens))

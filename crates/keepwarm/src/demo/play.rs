@@ -1,6 +1,6 @@
 //! Playing conversations through the HTTP API, turn by turn.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use keepwarm_client::{
     ChatCall, ChatEnd, ChatMessage, ChatPiece, ChatRequest, ChatStream, Client, ClientError,
@@ -13,6 +13,16 @@ use crate::failure::Failure;
 
 /// Tokens of an answer: enough for a sentence, few enough for three minutes on two cores.
 pub(crate) const ANSWER_TOKENS: u32 = 24;
+
+/// How often a turn is asked for: its node dies, the next one gives its session away, and twice that.
+const ASKED_MAX: u32 = 5;
+/// The pause between: a take-over has ended after four of them.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Whether an answer ended because its session has another owner now, or may have.
+fn moves(error: &ClientError) -> bool {
+    error.is_unavailable() || matches!(error, ClientError::BrokenOff(_))
+}
 
 /// A turn that was played.
 #[derive(Debug, Clone)]
@@ -56,7 +66,7 @@ fn request(model: &str, messages: &[ChatMessage], max_tokens: u32) -> ChatReques
     }
 }
 
-fn binding(session: Option<Uuid>) -> ChatCall {
+pub(crate) fn binding(session: Option<Uuid>) -> ChatCall {
     // With a key, a call whose node died before it answered may be sent again.
     ChatCall {
         session: session.map(|id| id.to_string()),
@@ -70,12 +80,12 @@ pub(crate) async fn speak(
     client: &Client,
     model: &str,
     messages: &[ChatMessage],
-    session: Option<Uuid>,
+    call: &ChatCall,
     max_tokens: u32,
     mut heard: impl FnMut(&str),
 ) -> Result<Spoken, ClientError> {
     let begun = Instant::now();
-    let mut answer = client.chat_stream(&request(model, messages, max_tokens), &binding(session)).await?;
+    let mut answer = client.chat_stream(&request(model, messages, max_tokens), call).await?;
     let mut spoken = Spoken { text: String::new(), ttft_ms: 0.0, end: ChatEnd::default() };
     while let Some(piece) = answer.next_piece().await? {
         if spoken.ttft_ms == 0.0 {
@@ -160,10 +170,26 @@ impl Player {
         &mut self,
         conversation: usize,
         mut messages: Vec<ChatMessage>,
-        heard: impl FnMut(&str),
+        mut heard: impl FnMut(&str),
     ) -> Result<Turn, Failure> {
         let session = self.sessions[conversation];
-        let spoken = speak(&self.client, &self.model, &messages, Some(session), ANSWER_TOKENS, heard).await?;
+        let call = binding(Some(session));
+        let (begun, mut asked) = (Instant::now(), 1);
+        // A session may move while it answers: the answer breaks off, nothing is committed, and it is asked for again.
+        let spoken = loop {
+            let waited_ms = begun.elapsed().as_secs_f64() * 1000.0;
+            match speak(&self.client, &self.model, &messages, &call, ANSWER_TOKENS, &mut heard).await {
+                Ok(mut spoken) => {
+                    spoken.ttft_ms += waited_ms;
+                    break spoken;
+                }
+                Err(error) if asked < ASKED_MAX && moves(&error) => {
+                    asked += 1;
+                    tokio::time::sleep(ASK_AGAIN).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
         let used = spoken.end.session.as_deref();
         if used.is_some_and(|used| used != session.to_string()) {
             let used = used.unwrap_or_default();
