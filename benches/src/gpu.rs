@@ -47,11 +47,9 @@ impl Bench {
         let trace = folder.join("trace");
         if !real {
             let kernels = folder.join("kernels.so");
-            let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
-            let mut files: Vec<_> =
-                std::fs::read_dir(sources).unwrap().map(|entry| entry.unwrap().path()).collect();
-            files.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
-            softcuda::kernels::compile(&files, &kernels, &[]).unwrap();
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels");
+            let sources = softcuda::kernels::sources(&folder).unwrap();
+            softcuda::kernels::compile(&sources, &kernels, &[]).unwrap();
             let settings = [
                 ("SOFTCUDA_KERNELS", kernels.to_str().unwrap()),
                 ("SOFTCUDA_TRACE", trace.to_str().unwrap()),

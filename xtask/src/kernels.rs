@@ -50,7 +50,7 @@ struct Figures {
 
 /// True if all compiled, nothing spills and, for a check, the committed PTX is that of the sources.
 pub(crate) fn run(root: &Path, options: &KernelsOptions) -> Result<bool> {
-    let sources = files(&root.join("kernels"), "cu")?;
+    let sources = softcuda::kernels::sources(&root.join("kernels"))?;
     let tools = fetch(root)?;
     let made = root.join("target/kernels/ptx");
     std::fs::create_dir_all(&made).with_context(|| made.display().to_string())?;
@@ -76,15 +76,6 @@ pub(crate) fn run(root: &Path, options: &KernelsOptions) -> Result<bool> {
     } else {
         publish(&sources, &made, &committed)?
     } && green)
-}
-
-/// Files of a folder with that ending, sorted.
-pub(crate) fn files(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    files.retain(|path| path.extension().is_some_and(|extension| extension == ending));
-    files.sort();
-    Ok(files)
 }
 
 fn named(source: &Path, ending: &str) -> PathBuf {
@@ -192,8 +183,11 @@ fn figures(text: &str) -> Option<Vec<Figures>> {
 /// PTX whose source is gone.
 fn left_over(sources: &[PathBuf], committed: &Path) -> Result<Vec<PathBuf>> {
     let names: BTreeSet<_> = sources.iter().map(|source| named(source, "ptx")).collect();
-    let mut found = files(committed, "ptx")?;
+    let entries = std::fs::read_dir(committed).with_context(|| committed.display().to_string())?;
+    let mut found = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    found.retain(|path| path.extension().is_some_and(|extension| extension == "ptx"));
     found.retain(|path| !names.contains(&named(path, "ptx")));
+    found.sort();
     Ok(found)
 }
 

@@ -55,7 +55,7 @@ pub(crate) fn run(root: &Path, options: &SoftcudaOptions) -> Result<bool> {
 
 /// The kernels, compiled for the CPU into a folder.
 pub(crate) fn kernels(root: &Path, folder: &Path) -> Result<PathBuf> {
-    let sources = crate::kernels::files(&root.join("kernels"), "cu")?;
+    let sources = softcuda::kernels::sources(&root.join("kernels"))?;
     let object = folder.join("kernels.so");
     softcuda::kernels::compile(&sources, &object, &[])?;
     Ok(object)

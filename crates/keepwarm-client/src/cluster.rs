@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use keepwarm_types::{SessionId, ShardCount, ShardId};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// Figures of an arena, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -158,4 +160,26 @@ pub struct ShardMap {
     /// The nodes that are not down, each with the address of its HTTP interface.
     #[serde(default)]
     pub nodes: BTreeMap<String, String>,
+}
+
+impl ShardMap {
+    /// The shard of a session; none where the id is of no version that sessions have, or shards are missing.
+    #[must_use]
+    pub fn shard_of(&self, session: Uuid) -> Option<ShardId> {
+        shard_of(self.shards.len(), session)
+    }
+
+    /// The node that owns a session; none while its shard has no owner.
+    #[must_use]
+    pub fn owner(&self, session: Uuid) -> Option<&str> {
+        let shard = self.shard_of(session)?;
+        let shard = self.shards.iter().find(|known| known.shard == shard.0)?;
+        shard.replicas.first().map(String::as_str)
+    }
+}
+
+/// The shard of a session in a map of so many.
+pub(crate) fn shard_of(shards: usize, session: Uuid) -> Option<ShardId> {
+    let count = ShardCount::new(shards as u64).ok()?;
+    Some(count.shard_of(SessionId::new(session).ok()?))
 }

@@ -8,11 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use keepwarm_types::{SessionId, ShardCount};
 use reqwest::Url;
 use uuid::Uuid;
 
-use crate::cluster::ShardMap;
+use crate::cluster::{ShardMap, shard_of};
 
 /// Time between two askings for the map: a node that took a shard over is in the next one.
 const MAP_PAUSE: Duration = Duration::from_millis(250);
@@ -22,7 +21,6 @@ const NODES_MAX: usize = 4096;
 /// The map, in addresses.
 #[derive(Debug, Default)]
 struct Map {
-    count: Option<ShardCount>,
     /// Each shard's replicas, the owner first, by their places in `nodes`.
     replicas: Vec<Vec<usize>>,
     nodes: Vec<Url>,
@@ -60,9 +58,8 @@ impl Routes {
     /// Whom to ask, the best first: the session's owner, its other replicas, the seeds, then any node.
     pub(crate) fn candidates(&self, session: Option<Uuid>) -> Vec<Url> {
         let map = Arc::clone(&self.lock().map);
-        let id = session.and_then(|id| SessionId::new(id).ok());
-        let shard = id.zip(map.count).map(|(id, count)| count.shard_of(id).0 as usize);
-        let replicas = shard.and_then(|shard| map.replicas.get(shard)).into_iter().flatten();
+        let shard = session.and_then(|id| shard_of(map.replicas.len(), id));
+        let replicas = shard.and_then(|shard| map.replicas.get(shard.0 as usize)).into_iter().flatten();
         let replicas = replicas.filter_map(|node| map.nodes.get(*node));
         let mut candidates: Vec<Url> = Vec::new();
         for url in replicas.chain(&self.seeds).chain(&map.nodes) {
@@ -82,7 +79,7 @@ impl Routes {
     /// A node did not serve. Where nothing is known of others, there is nothing to doubt.
     pub(crate) fn failed(&self) {
         let mut known = self.lock();
-        known.stale |= known.map.count.is_some();
+        known.stale |= !known.map.nodes.is_empty();
     }
 
     /// Whether to ask for the map now; who is told so does it, the others go on with what is known.
@@ -108,7 +105,6 @@ impl Routes {
                 nodes.push(url);
             }
         }
-        let count = ShardCount::new(told.shards.len() as u64).ok();
         let mut replicas = vec![Vec::new(); told.shards.len()];
         for shard in &told.shards {
             let known = shard.replicas.iter().filter_map(|name| places.get(name.as_str()).copied());
@@ -117,7 +113,7 @@ impl Routes {
             }
         }
         let mut known = self.lock();
-        known.map = Arc::new(Map { count, replicas, nodes });
+        known.map = Arc::new(Map { replicas, nodes });
         known.stale = false;
     }
 

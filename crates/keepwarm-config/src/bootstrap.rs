@@ -138,19 +138,7 @@ mod tests {
     use crate::LocalCluster;
 
     fn config(folder: &Path, nodes: u16) -> Config {
-        let shards = ShardCount::new(64).unwrap();
-        let name = "local".to_owned();
-        let local = LocalCluster {
-            name,
-            nodes,
-            port_base: 7000,
-            replication: None,
-            shards,
-            model: None,
-            devices: Vec::new(),
-            hbm: LocalCluster::HBM,
-            pinned: LocalCluster::PINNED,
-        };
+        let local = LocalCluster::new("local", nodes, 7000, ShardCount::new(64).unwrap());
         let path = folder.join("cluster.toml");
         std::fs::write(&path, local.render().unwrap()).unwrap();
         Config::load(&path).unwrap()

@@ -17,6 +17,11 @@ const PEERS_ABOVE: u16 = 100;
 /// Most nodes that vote.
 const VOTERS_MAX: u16 = 5;
 
+/// Memory of a node's GPU where nothing else is asked for.
+const HBM: Bytes = Bytes(256 << 20);
+/// Pinned memory of a node where nothing else is asked for.
+const PINNED: Bytes = Bytes(512 << 20);
+
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalCluster {
@@ -68,10 +73,21 @@ pub enum LocalError {
 }
 
 impl LocalCluster {
-    /// Memory of a GPU where nothing else is asked for.
-    pub const HBM: Bytes = Bytes(256 << 20);
-    /// Pinned memory where nothing else is asked for.
-    pub const PINNED: Bytes = Bytes(512 << 20);
+    /// A cluster of that size, and all else as a demonstration wants it.
+    #[must_use]
+    pub fn new(name: &str, nodes: u16, port_base: u16, shards: ShardCount) -> Self {
+        Self {
+            name: name.to_owned(),
+            nodes,
+            port_base,
+            replication: None,
+            shards,
+            model: None,
+            devices: Vec::new(),
+            hbm: HBM,
+            pinned: PINNED,
+        }
+    }
 
     /// The nodes that vote, from the first on: all up to five, and an odd number of them.
     #[must_use]
@@ -195,18 +211,7 @@ mod tests {
     use crate::Config;
 
     fn cluster(nodes: u16) -> LocalCluster {
-        let shards = ShardCount::new(64).unwrap();
-        LocalCluster {
-            name: "local".to_owned(),
-            nodes,
-            port_base: 7000,
-            replication: None,
-            shards,
-            model: None,
-            devices: Vec::new(),
-            hbm: LocalCluster::HBM,
-            pinned: LocalCluster::PINNED,
-        }
+        LocalCluster::new("local", nodes, 7000, ShardCount::new(64).unwrap())
     }
 
     #[test]
@@ -229,7 +234,7 @@ mod tests {
         assert_eq!((node.name.as_str(), node.http.as_str()), ("n3", "127.0.0.1:7003"));
         assert_eq!(node.peer.as_deref(), Some("127.0.0.1:7103"));
         assert_eq!(node.data_dir.as_deref(), Some(std::path::Path::new("/x/data/n3")));
-        assert_eq!((node.pinned, node.gpus[0].memory), (LocalCluster::PINNED, LocalCluster::HBM));
+        assert_eq!((node.pinned, node.gpus[0].memory), (PINNED, HBM));
         assert_eq!(config.tls.unwrap().ca, std::path::Path::new("/x/certs/ca.pem"));
         assert_eq!(config.shards.get(), 64);
     }

@@ -44,6 +44,6 @@ pub use handle::{
     TurnPart, TurnRequest, Verdict, Whereabouts, WriteDone, WriteRequest,
 };
 pub use metrics::Metrics;
-pub use node::{Node, ShutdownReport, StartError, WORKSPACE_MAX};
+pub use node::{Node, ShutdownReport, StartError, WORKSPACE_MAX, cuda_selector};
 pub use read::{Chunks, PartReader};
 pub use write::{BODY_BYTES_MAX, WriteSink, WriteStart};

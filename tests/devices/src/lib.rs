@@ -12,12 +12,6 @@ const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
 /// The machine that softcuda plays: its own in each process, so that tests do not take each other's GPUs.
 const MACHINE: &str = "gpus=18,memory=1GiB,uuids=process";
 
-/// Whether the tests run on a CUDA device.
-#[must_use]
-pub fn on_cuda() -> bool {
-    kind() != "host"
-}
-
 /// GPUs of a node, each with that much memory. A machine with one real GPU has no second: those are the host's.
 #[must_use]
 pub fn gpus(memory: Bytes, count: u32) -> Vec<GpuConfig> {

@@ -64,15 +64,9 @@ impl Files {
     /// Writes what `keepwarm init` would for nodes of the simulated network.
     pub(super) fn create(folder: &Path, nodes: u16) -> Self {
         let local = LocalCluster {
-            name: "shells".to_owned(),
-            nodes,
-            port_base: PORTS,
-            replication: None,
-            shards: ShardCount::new(SHARDS).unwrap(),
-            model: None,
-            devices: Vec::new(),
             hbm: Bytes(8 << 20),
             pinned: Bytes(16 << 20),
+            ..LocalCluster::new("shells", nodes, PORTS, ShardCount::new(SHARDS).unwrap())
         };
         let mut text = local.render().unwrap();
         for node in 1..=nodes {

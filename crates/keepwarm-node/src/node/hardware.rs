@@ -38,7 +38,7 @@ pub(super) fn open(config: &Config, node: &NodeConfig) -> Result<Hardware, Start
     for (index, gpu) in node.gpus.iter().enumerate() {
         let plan = Arc::new(FaultPlan::default());
         let settings = ArenaSettings::new(format!("hbm:{index}"), gpu.memory);
-        let board = match selector(&gpu.device) {
+        let board = match cuda_selector(&gpu.device) {
             None => {
                 let opened = HostDevice::new(&settings, Arc::clone(&plan));
                 let opened = opened.map_err(|cause| memory(&format!("gpu[{index}].memory"), cause))?;
@@ -72,8 +72,9 @@ pub(super) fn open(config: &Config, node: &NodeConfig) -> Result<Hardware, Start
     Ok(Hardware { pinned, boards, faults })
 }
 
-/// Which CUDA device it is; none for the host's.
-fn selector(device: &DeviceKind) -> Option<CudaSelector> {
+/// Which CUDA device a configuration means; none for the host's.
+#[must_use]
+pub fn cuda_selector(device: &DeviceKind) -> Option<CudaSelector> {
     match device {
         DeviceKind::Host => None,
         DeviceKind::Cuda(number) => Some(CudaSelector::Number(*number)),

@@ -10,5 +10,5 @@ mod actor;
 mod hardware;
 mod start;
 
-pub use hardware::WORKSPACE_MAX;
+pub use hardware::{WORKSPACE_MAX, cuda_selector};
 pub use start::{Node, ShutdownReport, StartError};

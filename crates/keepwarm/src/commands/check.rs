@@ -4,6 +4,7 @@ use std::path::Path;
 
 use keepwarm_config::{Bootstrap, Config, DeviceKind, NodeConfig};
 use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector};
+use keepwarm_node::cuda_selector;
 use keepwarm_types::{Bytes, NodeName};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
@@ -198,10 +199,9 @@ fn memory(wanted: u64) -> Finding {
 
 fn device(index: usize, device: &DeviceKind) -> Finding {
     let subject = format!("gpu[{index}]");
-    match device {
-        DeviceKind::Host => finding(&subject, Verdict::Ok, "host memory"),
-        DeviceKind::Cuda(number) => cuda(&subject, &CudaSelector::Number(*number)),
-        DeviceKind::Mig(uuid) => cuda(&subject, &CudaSelector::Uuid(uuid.clone())),
+    match cuda_selector(device) {
+        None => finding(&subject, Verdict::Ok, "host memory"),
+        Some(selector) => cuda(&subject, &selector),
     }
 }
 

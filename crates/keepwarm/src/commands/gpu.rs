@@ -2,7 +2,7 @@
 
 use keepwarm_config::{Config, DeviceKind, NodeConfig};
 use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector};
-use keepwarm_node::WORKSPACE_MAX;
+use keepwarm_node::{WORKSPACE_MAX, cuda_selector};
 use keepwarm_types::Bytes;
 use serde::Serialize;
 
@@ -117,15 +117,10 @@ fn reserved(driver: Option<&CudaDriver>, config: &Config, node: &NodeConfig) -> 
     let mut reserved = Vec::new();
     for (index, gpu) in node.gpus.iter().enumerate() {
         let key = format!("gpu[{index}].memory");
-        let (fits, why) = match (&gpu.device, driver) {
-            (DeviceKind::Host, _) => (true, "the host's memory in a GPU's place".to_owned()),
-            (_, None) => (false, "there is no driver".to_owned()),
-            (DeviceKind::Cuda(number), Some(driver)) => {
-                arena(driver, &CudaSelector::Number(*number), gpu.memory)
-            }
-            (DeviceKind::Mig(uuid), Some(driver)) => {
-                arena(driver, &CudaSelector::Uuid(uuid.clone()), gpu.memory)
-            }
+        let (fits, why) = match (cuda_selector(&gpu.device), driver) {
+            (None, _) => (true, "the host's memory in a GPU's place".to_owned()),
+            (Some(_), None) => (false, "there is no driver".to_owned()),
+            (Some(selector), Some(driver)) => arena(driver, &selector, gpu.memory),
         };
         reserved.push(Wanted { key, device: gpu.device.to_string(), bytes: gpu.memory.0, fits, why });
     }

@@ -94,16 +94,11 @@ pub(crate) fn named_model(text: &str) -> Result<(String, String), Failure> {
 }
 
 fn local(args: &InitArgs) -> Result<LocalCluster, Failure> {
+    let shards = ShardCount::new(SHARDS).map_err(Failure::failed)?;
     Ok(LocalCluster {
-        name: args.cluster.clone(),
-        nodes: args.nodes,
-        port_base: args.port_base,
         replication: args.replication,
-        shards: ShardCount::new(SHARDS).map_err(Failure::failed)?,
         model: args.model.as_deref().map(named_model).transpose()?,
-        devices: Vec::new(),
-        hbm: LocalCluster::HBM,
-        pinned: LocalCluster::PINNED,
+        ..LocalCluster::new(&args.cluster, args.nodes, args.port_base, shards)
     })
 }
 

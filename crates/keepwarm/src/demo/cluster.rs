@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
-use keepwarm_client::{Client, ShardMap};
+use keepwarm_client::Client;
 use keepwarm_config::{DeviceKind, LocalCluster};
-use keepwarm_types::{Bytes, SessionId, ShardCount};
+use keepwarm_types::{Bytes, ShardCount};
 use uuid::Uuid;
 
 use super::server::{Server, ServerSpec};
@@ -59,16 +59,14 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Makes the files in a folder of its own, starts the nodes, and waits until they serve together.
     pub(crate) async fn start(spec: &ClusterSpec) -> Result<Self, Failure> {
+        let shards = ShardCount::new(init::SHARDS).map_err(Failure::failed)?;
         let local = LocalCluster {
-            name: "demo".to_owned(),
-            nodes: NODES,
-            port_base: port_base()?,
             replication: Some(REPLICATION),
-            shards: ShardCount::new(init::SHARDS).map_err(Failure::failed)?,
             model: Some(init::named_model(&spec.model)?),
             devices: spec.devices.clone(),
             hbm: spec.hbm,
             pinned: spec.pinned,
+            ..LocalCluster::new("demo", NODES, port_base()?, shards)
         };
         let made = init::found(&spec.folder, &local)?;
         let node = |made_node: &init::MadeNode| {
@@ -109,14 +107,14 @@ impl Cluster {
 
     /// The name of a session's owner; none while its shard has none.
     pub(crate) async fn owner(&self, session: Uuid) -> Result<Option<String>, Failure> {
-        Ok(owner(&self.client.shards().await?, session))
+        Ok(self.client.shards().await?.owner(session).map(str::to_owned))
     }
 
     /// An id in a shard that a node owns.
     pub(crate) async fn mint(&self, node: &str) -> Result<Uuid, Failure> {
         let map = self.client.shards().await?;
         let mut ids = (0..TRIES_MAX).map(|_| Uuid::now_v7());
-        let found = ids.find(|id| owner(&map, *id).as_deref() == Some(node));
+        let found = ids.find(|id| map.owner(*id) == Some(node));
         found.ok_or_else(|| Failure::failed(format!("{node} owns no shard")))
     }
 
@@ -188,12 +186,6 @@ impl Cluster {
         try_join_all(running.map(Server::stop)).await?;
         Ok(())
     }
-}
-
-fn owner(map: &ShardMap, session: Uuid) -> Option<String> {
-    let count = ShardCount::new(map.shards.len() as u64).ok()?;
-    let shard = count.shard_of(SessionId::new(session).ok()?);
-    map.shards.iter().find(|known| known.shard == shard.0)?.replicas.first().cloned()
 }
 
 /// A base above which all ports of the nodes are free now.

@@ -84,6 +84,18 @@ fn on(path: &Path) -> impl FnOnce(io::Error) -> CompileError {
     move |source| CompileError::File { path, source }
 }
 
+/// The sources of a folder, `*.cu`, sorted.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn sources(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut sources =
+        std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    sources.sort();
+    Ok(sources)
+}
+
 /// Compiles sources into one shared object and tells the names of their kernels; `defines` are as for `-D`.
 /// The object appears under its name when it is whole.
 pub fn compile(sources: &[PathBuf], out: &Path, defines: &[&str]) -> Result<Vec<String>> {

@@ -83,10 +83,11 @@ fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
 impl Run for Issuer {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
         let mut issued = self.health.check();
-        let mut lent = self.stack.lend();
+        let mut lent = None;
         if issued.is_ok() {
             let mut plan = Plan::default();
             submission.jobs.iter().for_each(|job| job.plan(&mut plan));
+            lent = if plan.wants_sheets() { self.stack.lend() } else { None };
             let all = plan.issue(&self.stream, lent.as_mut().and_then(Lent::sheets));
             issued = all.map_err(|error| self.failed(&error));
         }

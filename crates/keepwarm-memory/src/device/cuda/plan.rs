@@ -47,8 +47,7 @@ impl Plan {
 
     /// The copies, where one goes on at the end of another, at both ends and in the same reservations, as one. No two have a
     /// target in common, so their order is free.
-    fn merged(&self) -> Vec<(Place, Place, usize)> {
-        let mut copies = self.copies.clone();
+    fn merged(mut copies: Vec<(Place, Place, usize)>) -> Vec<(Place, Place, usize)> {
         copies.sort_unstable_by_key(|(to, ..)| to.address);
         let mut merged: Vec<(Place, Place, usize)> = Vec::new();
         for (to, from, bytes) in copies {
@@ -64,8 +63,13 @@ impl Plan {
         merged
     }
 
+    /// Whether kernels have a part in it.
+    pub(super) fn wants_sheets(&self) -> bool {
+        !(self.scrubs.is_empty() && self.rows.is_empty())
+    }
+
     /// Puts it on the stream; with sheets, what lies in their device's own memory by their kernels.
-    pub(super) fn issue(&self, stream: &Stream, sheets: Option<&mut Sheets>) -> Result<(), CudaError> {
+    pub(super) fn issue(self, stream: &Stream, sheets: Option<&mut Sheets>) -> Result<(), CudaError> {
         let sheets = sheets.filter(|_| self.scrubs.len() <= SHEET_MAX && self.rows.len() <= SHEET_MAX);
         let own = sheets.as_ref().map(|sheets| sheets.context);
         let is_own = |place: Place| own.is_some() && place.context == own;
@@ -82,7 +86,7 @@ impl Plan {
         for (at, byte, bytes) in &self.fills {
             stream.fill(*at, *byte, *bytes)?;
         }
-        for (to, from, bytes) in self.merged() {
+        for (to, from, bytes) in Self::merged(self.copies) {
             stream.copy(to, from, bytes)?;
         }
         for (to, pitch, from) in self.rows.iter().filter(|row| !by_kernel(row)) {
@@ -204,8 +208,9 @@ mod tests {
         plan.copy(place(135, Some(8)), host(1030), 965);
         plan.copy(place(1100, Some(8)), host(1995), 5);
         plan.copy(place(1105, Some(8)), host(2000), 5);
-        let lengths: Vec<_> = plan.merged().iter().map(|(.., bytes)| *bytes).collect();
+        let merged = Plan::merged(plan.copies);
+        let lengths: Vec<_> = merged.iter().map(|(.., bytes)| *bytes).collect();
         assert_eq!(lengths, [15, 5, 5, 965, 5, 5]);
-        assert_eq!(plan.merged()[0].0, device(100));
+        assert_eq!(merged[0].0, device(100));
     }
 }

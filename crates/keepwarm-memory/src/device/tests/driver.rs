@@ -186,7 +186,7 @@ fn launches() -> u64 {
 }
 
 /// The calls of a stream's work that a batch may make.
-const CALLS: [&str; 8] = [
+const CALLS: [&str; 9] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
@@ -195,6 +195,7 @@ const CALLS: [&str; 8] = [
     "cuLaunchKernel",
     "cuEventRecord",
     "cuMemHostAlloc",
+    "cuMemAlloc_v2",
 ];
 
 /// Driver calls by name while `work` ran.
@@ -245,6 +246,9 @@ fn a_batch_costs_as_many_driver_calls_whatever_its_length() {
     assert!(costs[0].iter().all(|work| launch(work)), "{:?}", costs[0]);
     let copied: Vec<_> = costs[0][1].iter().filter(|(symbol, _)| symbol.contains("Memcpy2D")).collect();
     assert!(copied.is_empty(), "planes were moved by copies: {copied:?}");
+    assert!(costs[0][0].contains(&("cuMemcpyHtoDAsync_v2", 1)), "{:?}", costs[0][0]);
+    let allocates = |(symbol, _): &(&str, u64)| symbol.contains("Alloc");
+    assert!(!costs[0].iter().flatten().any(allocates), "memory was allocated on the way: {:?}", costs[0]);
     println!("restore {:?}, gather {:?}", costs[0][0], costs[0][1]);
 }
 

@@ -26,7 +26,7 @@ const TABLE_MOST: usize = 256;
 /// The kernels for softcuda, compiled once for each state of their sources and of softcuda.
 pub(in crate::device) fn compiled() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
-    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     let is = |path: &Path, word: &str| path.extension().is_some_and(|extension| extension == word);
     files.retain(|path| is(path, "cu") || is(path, "cuh"));
     files.sort();
@@ -34,12 +34,12 @@ pub(in crate::device) fn compiled() -> PathBuf {
     for path in files.iter().chain([&softcuda::layout::beside_this_program().unwrap()]) {
         std::fs::read(path).unwrap().hash(&mut state);
     }
-    files.retain(|path| is(path, "cu"));
     let name = format!("kernels-{:016x}.so", std::hash::Hasher::finish(&state));
     let object = std::env::current_exe().unwrap().with_file_name(name);
     if !object.exists() {
         // It appears when it is whole, whoever else compiles it meanwhile.
-        softcuda::kernels::compile(&files, &object, &[]).unwrap();
+        let sources = softcuda::kernels::sources(&folder).unwrap();
+        softcuda::kernels::compile(&sources, &object, &[]).unwrap();
     }
     object
 }
@@ -90,8 +90,7 @@ impl Bench {
     }
 
     fn place(&self) -> Place {
-        let address = self.device.address();
-        Place { address, region: address, context: self.device.context() }
+        self.device.place()
     }
 
     fn upload(&self, bytes: &[u8]) {
