@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 /// What to run.
@@ -196,8 +196,8 @@ const GPU_SUITES: &str = "package(keepwarm-memory) + package(keepwarm-node) + pa
 
 /// The kernels for the CPU, beside this program.
 fn softcuda_kernels(root: &Path) -> Result<PathBuf> {
-    let library = softcuda::layout::beside_this_program()?;
-    crate::softcuda::kernels(root, library.parent().unwrap_or(root))
+    let program = std::env::current_exe().context("this program's own path")?;
+    crate::softcuda::kernels(root, program.parent().context("this program lies in no folder")?)
 }
 
 /// Tests of nodes and engines again, on other GPUs than the host's memory.
