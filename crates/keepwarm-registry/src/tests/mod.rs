@@ -1,5 +1,7 @@
 //! openraft's own suite over our log, and our bytes.
 
+mod golden;
+
 use std::sync::Arc;
 
 use keepwarm_catalog::{Catalog, CatalogSettings, RaftLog, Sync};
@@ -96,6 +98,19 @@ fn entries() -> Vec<Entry> {
     ]
 }
 
+fn responses() -> Vec<Response> {
+    let refused = [
+        Refused::Stale(Generation(4)),
+        Refused::UnknownNode(name(1)),
+        Refused::UnknownShard(ShardId(8)),
+        Refused::Unfit("no".into()),
+        Refused::Evidence(name(2)),
+        Refused::Spec(4),
+    ];
+    let done = [Response::Done, Response::Registered(Incarnation(3))];
+    refused.into_iter().map(Response::Refused).chain(done).collect()
+}
+
 #[test]
 fn entries_and_answers_survive_the_wire() {
     for entry in entries() {
@@ -105,16 +120,7 @@ fn entries_and_answers_survive_the_wire() {
         };
         assert_eq!(Entry::try_from(back), Ok(entry));
     }
-    let refused = [
-        Refused::Stale(Generation(4)),
-        Refused::UnknownNode(name(1)),
-        Refused::UnknownShard(ShardId(8)),
-        Refused::Unfit("no".into()),
-        Refused::Evidence(name(2)),
-        Refused::Spec(4),
-    ];
-    let responses = refused.into_iter().map(Response::Refused);
-    for response in responses.chain([Response::Done, Response::Registered(Incarnation(3))]) {
+    for response in responses() {
         let answer = Answer::Applied(RawResponse::from(&response));
         let Ok(Answer::Applied(back)) = Answer::decode(1, &answer.encode(1)) else {
             panic!("another answer")
