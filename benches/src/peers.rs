@@ -11,6 +11,7 @@ use futures::stream::{self, StreamExt};
 use keepwarm_transport::quic::{QuicSettings, QuicTransport, TlsMaterial};
 use keepwarm_transport::{Class, Frame, Incoming, PeerId, Transport};
 use keepwarm_types::{Incarnation, NodeName};
+use keepwarm_wire::Versions;
 
 use crate::{ROUNDS, median};
 
@@ -54,6 +55,7 @@ fn settings(node: &str) -> QuicSettings {
         cluster_id: 1,
         listen: "127.0.0.1:0".parse().unwrap(),
         tls: TlsMaterial::LoopbackOnly,
+        versions: Versions::ALL,
     }
 }
 
@@ -150,7 +152,7 @@ impl Sender {
     async fn links(to: &Receiver) -> Self {
         let (links, mut incoming) = QuicTransport::start(settings("a")).unwrap();
         links.set_peers(vec![(name("b"), to.1.clone())]);
-        while !matches!(incoming.recv().await.unwrap(), Incoming::Up(_)) {}
+        while !matches!(incoming.recv().await.unwrap(), Incoming::Up(..)) {}
         tokio::spawn(async move { while incoming.recv().await.is_some() {} });
         Self::Links(links)
     }

@@ -8,6 +8,7 @@ use futures::future::BoxFuture;
 use keepwarm_catalog::{LogStep, RaftLog, ReadError, Slot};
 use keepwarm_core::registry::{Entry, HealthReport, Refused, Registration, Registry, Response};
 use keepwarm_types::{Incarnation, NodeName};
+use keepwarm_wire::Version;
 use openraft::{Config, SnapshotPolicy};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -266,13 +267,13 @@ impl RegistryHandle {
         let _ = self.shared().reports.try_send(report);
     }
 
-    /// Answers a request of another node, whose name the link has verified. A dropped future may have done what was
-    /// asked.
-    pub fn handle(&self, from: &NodeName, request: Bytes) -> BoxFuture<'static, Bytes> {
+    /// Answers a request of another node, whose name the link has verified, in the version that the link speaks. A dropped
+    /// future may have done what was asked.
+    pub fn handle(&self, from: &NodeName, version: Version, request: Bytes) -> BoxFuture<'static, Bytes> {
         let (shared, from) = (Arc::clone(self.shared()), from.clone());
         Box::pin(async move {
             let answer = shared.handle(&from, &request).await;
-            answer.encode(shared.settings.cluster_id)
+            answer.encode(shared.settings.cluster_id, version)
         })
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use keepwarm_types::NodeName;
+use keepwarm_wire::Version;
 
 /// Longest request or answer. The largest is a snapshot: 65,536 shards of 32 bytes are 2 MiB, 65,000 nodes of 90
 /// bytes 6 MiB.
@@ -26,6 +27,9 @@ pub enum RegistryLinkError {
 
 /// Carries requests to other nodes' registries.
 pub trait RegistryLink: Send + Sync + 'static {
+    /// The version that a node speaks on its link; none while it cannot be reached.
+    fn version(&self, to: &NodeName) -> Option<Version>;
+
     /// Sends a request to a node's registry and gives its answer; the deadline bounds all of it. Dropping the future
     /// gives the answer up; the request may have arrived.
     ///

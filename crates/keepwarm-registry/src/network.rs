@@ -15,7 +15,7 @@ use openraft::raft::{
 };
 use openraft::{OptionalSend, Snapshot, Vote};
 
-use crate::link::RegistryLink;
+use crate::link::{RegistryLink, RegistryLinkError};
 use crate::raft_types::{RaftPeer, TypeConfig};
 use crate::wire::{Answer, Request};
 
@@ -56,8 +56,10 @@ impl Network {
         request: &Request,
         deadline: Duration,
     ) -> Result<Answer, CallFailed> {
-        let bytes =
-            self.link.call(to, request.encode(self.cluster), deadline).await.map_err(CallFailed::Link)?;
+        let unreachable = || CallFailed::Link(RegistryLinkError::Unreachable(to.clone()));
+        let version = self.link.version(to).ok_or_else(unreachable)?;
+        let request = request.encode(self.cluster, version);
+        let bytes = self.link.call(to, request, deadline).await.map_err(CallFailed::Link)?;
         Answer::decode(self.cluster, &bytes).map_err(|error| CallFailed::Answer(error.to_string()))
     }
 }
@@ -66,7 +68,7 @@ impl Network {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallFailed {
     #[error(transparent)]
-    Link(crate::link::RegistryLinkError),
+    Link(RegistryLinkError),
     #[error("the answer cannot be read: {0}")]
     Answer(String),
 }

@@ -1,9 +1,12 @@
 //! Requests between registries and their answers, as bytes.
 //!
-//! A frame is a version (2 bytes), the cluster's id (16 bytes), then a validated archive. Another version or another
-//! cluster is refused by name, never guessed at.
+//! A frame is a version (2 bytes), the cluster's id (16 bytes), then a validated archive. The version is the one that the
+//! link speaks, as in every other payload: a request has its own, and its answer too. Both versions that a node reads
+//! have the same layout here so far; `keepwarm_wire::envelope` says how to make another. A version that this node does
+//! not read, or another cluster, is refused by name, never guessed at.
 
 use bytes::Bytes;
+use keepwarm_wire::{Version, Versions};
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::codec::domain::{RawDelta, RawEntry, RawReport, RawResponse};
@@ -11,8 +14,6 @@ use crate::codec::raft::{RawLogEntry, RawLogId, RawMeta, RawVote};
 use crate::codec::{BadBytes, aligned, bad};
 use crate::link::MESSAGE_BYTES_MAX;
 
-/// Version of what is spoken here.
-const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 2 + 16;
 
 /// What one registry asks of another. Raft's own requests name the raft id that they are for: a node with a new disk
@@ -100,9 +101,9 @@ pub(crate) enum Answer {
     Refused(String),
 }
 
-fn frame(cluster: u128, archive: &[u8]) -> Bytes {
+fn frame(cluster: u128, version: Version, archive: &[u8]) -> Bytes {
     let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
-    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(version.number().to_le_bytes());
     bytes.extend(cluster.to_le_bytes());
     bytes.extend_from_slice(archive);
     bytes.into()
@@ -114,8 +115,11 @@ fn unframe(cluster: u128, bytes: &[u8]) -> Result<&[u8], BadBytes> {
     }
     let (version, rest) = bytes.split_first_chunk::<2>().ok_or_else(|| bad("a message is cut short"))?;
     let version = u16::from_le_bytes(*version);
-    if version != VERSION {
-        return Err(bad(format!("registry messages of version {version}, this node speaks {VERSION}")));
+    let read = Versions::ALL;
+    if !(read.oldest..=read.newest).contains(&version) {
+        return Err(bad(format!(
+            "a registry message of version {version}, this node reads {read}: update one step at a time"
+        )));
     }
     let (found, archive) = rest.split_first_chunk::<16>().ok_or_else(|| bad("a message is cut short"))?;
     let found = u128::from_le_bytes(*found);
@@ -128,10 +132,11 @@ fn unframe(cluster: u128, bytes: &[u8]) -> Result<&[u8], BadBytes> {
 macro_rules! framed {
     ($type:ident) => {
         impl $type {
-            pub(crate) fn encode(&self, cluster: u128) -> Bytes {
+            /// In the version that its reader speaks.
+            pub(crate) fn encode(&self, cluster: u128, version: Version) -> Bytes {
                 let archive = rkyv::to_bytes::<rkyv::rancor::Error>(self)
                     .expect("plain values of bounded size always archive");
-                frame(cluster, &archive)
+                frame(cluster, version, &archive)
             }
 
             pub(crate) fn decode(cluster: u128, bytes: &[u8]) -> Result<Self, BadBytes> {

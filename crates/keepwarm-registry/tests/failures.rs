@@ -10,6 +10,7 @@ use keepwarm_core::registry::{Entry, NodeStatus, Registry, Response};
 use keepwarm_registry::{
     Bootstrap, ProposeError, RegistryHandle, RegistryNode, SettingsError, Standing, StartError,
 };
+use keepwarm_wire::Versions;
 use net::{Cluster, LONG, disk, name, on_disk, registration, seen};
 use uuid::Uuid;
 
@@ -174,11 +175,12 @@ async fn strangers_and_other_clusters_are_not_answered() {
     let cluster = Cluster::new(3, 3);
     cluster.start_all().await;
     let handle = cluster.handle(1);
+    let version = Versions::ALL.common(Versions::ALL).unwrap();
     for request in [&b""[..], b"nonsense", &[0xff; 4096]] {
-        let answer = handle.handle(&name(2), request.to_vec().into()).await;
+        let answer = handle.handle(&name(2), version, request.to_vec().into()).await;
         assert!(!answer.is_empty(), "a refusal is an answer");
     }
-    let stranger = handle.handle(&name(99), bytes::Bytes::new()).await;
+    let stranger = handle.handle(&name(99), version, bytes::Bytes::new()).await;
     assert!(String::from_utf8_lossy(&stranger).contains("no node of this cluster"), "{stranger:?}");
 }
 

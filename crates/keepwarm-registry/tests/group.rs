@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use keepwarm_catalog::RaftLog;
 use keepwarm_core::registry::{Entry, NodeStatus, Registry, Response};
 use keepwarm_registry::{ProposeError, Standing};
+use keepwarm_wire::Versions;
 use net::{Cluster, LONG, disk, name, on_disk, registration, seen};
 use uuid::Uuid;
 
@@ -95,6 +96,42 @@ async fn a_restart_from_disk_keeps_the_state_and_incarnations_rise() {
         cluster.handle(n).confirm(LONG).await.unwrap();
         assert_eq!(cluster.handle(n).watch().borrow().spec().0, 5);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_is_updated_node_by_node_and_goes_on_in_the_older_version_until_all_are_new() {
+    let only = |number| Versions { oldest: number, newest: number };
+    let cluster = Cluster::new(3, 3);
+    let folders: Vec<_> = (0..3).map(|_| tempfile::tempdir().unwrap()).collect();
+    let start = async |n: u16, versions| {
+        cluster.net.speaks(&name(n), versions);
+        let (log, disk) = on_disk(folders[usize::from(n) - 1].path());
+        cluster.start(n, disk, n == 1, log).await;
+    };
+    for n in 1..=3 {
+        start(n, only(1)).await;
+    }
+    cluster.handle(1).propose(spec(1), LONG).await.unwrap();
+    let carried = cluster.net.carried();
+    assert!(carried.keys().eq([&(1, 1)]), "{carried:?}");
+
+    for (version, n) in [(2, 2), (4, 1), (6, 3)] {
+        cluster.kill(n).await;
+        let other = cluster.handle(n % 3 + 1);
+        assert_eq!(other.propose(spec(version), LONG).await, Ok(Response::Done), "while {n} is away");
+        start(n, Versions::ALL).await;
+        let handle = cluster.handle(n);
+        handle.confirm(LONG).await.unwrap();
+        assert_eq!(handle.watch().borrow().spec().0, version, "node {n} has what it missed");
+        cluster.net.carried();
+        assert_eq!(handle.propose(spec(version + 1), LONG).await, Ok(Response::Done));
+        other.confirm(LONG).await.unwrap();
+    }
+    for n in 1..=3 {
+        cluster.handle(n).confirm(LONG).await.unwrap();
+    }
+    let carried = cluster.net.carried();
+    assert!(carried.keys().eq([&(2, 2)]), "{carried:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use keepwarm_types::{Incarnation, NodeName};
-use keepwarm_wire::Frame;
+use keepwarm_wire::{Frame, Version};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -89,6 +89,8 @@ pub struct PeerStatus {
     pub address: String,
     /// The process that is connected; none while it is not up.
     pub up: Option<Incarnation>,
+    /// The version that the link speaks, while it is up.
+    pub version: Option<Version>,
     /// Why it is not up.
     pub reason: Option<String>,
     /// Round trip, while it is up.
@@ -102,8 +104,8 @@ pub struct PeerStatus {
 /// What comes in.
 #[derive(Debug)]
 pub enum Incoming {
-    /// A peer is up.
-    Up(PeerId),
+    /// A peer is up, and what is spoken with it.
+    Up(PeerId, Version),
     /// A peer is down, and why.
     Down(PeerId, String),
     /// A frame; in the order in which it was sent while a connection lasts.
@@ -134,17 +136,26 @@ pub enum Incoming {
 
 /// Takes the answer to a call.
 #[derive(Debug)]
-pub struct Responder(pub(crate) oneshot::Sender<Frame>);
+pub struct Responder {
+    pub(crate) to: oneshot::Sender<Frame>,
+    pub(crate) version: Version,
+}
 
 impl Responder {
+    /// The version that whoever asks speaks on this link.
+    #[must_use]
+    pub const fn version(&self) -> Version {
+        self.version
+    }
+
     /// Answers. A caller that has gone away needs none.
     pub fn send(self, answer: Frame) {
-        let _ = self.0.send(answer);
+        let _ = self.to.send(answer);
     }
 
     /// Waits until nobody wants the answer any more: the caller gave up, or the link broke. Cancel safe.
     pub async fn unwanted(&mut self) {
-        self.0.closed().await;
+        self.to.closed().await;
     }
 }
 
@@ -152,6 +163,13 @@ impl Responder {
 pub trait Transport: Send + Sync + 'static {
     /// This process.
     fn local(&self) -> &PeerId;
+
+    /// The version to encode in for a peer; none while it is not connected.
+    ///
+    /// It lasts as long as the process at the other end: a link to the next one may speak another. What was encoded for
+    /// the earlier process is then as good as what was on its way to it: a peer that does not read its version refuses
+    /// it.
+    fn version(&self, peer: &NodeName) -> Option<Version>;
 
     /// Queues a frame for a peer: in order, and lost where the connection ends.
     ///

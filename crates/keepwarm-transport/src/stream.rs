@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use keepwarm_wire::{Frame, HEADER_BYTES, decode_header, encode_frame};
+use keepwarm_wire::{Frame, HEADER_BYTES, Version, decode_header, encode_frame};
 use quinn::VarInt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
@@ -106,6 +106,7 @@ pub struct WriteHalf {
 pub struct ByteStream {
     read: ReadHalf,
     write: WriteHalf,
+    version: Version,
 }
 
 impl std::fmt::Debug for ReadHalf {
@@ -261,20 +262,33 @@ impl ByteStream {
         receive: quinn::RecvStream,
         counts: Arc<Counts>,
         class: Class,
-        kept: Kept,
+        version: Version,
     ) -> Self {
-        Self::of(From::Quic(receive), To::Quic(send), counts, class, kept)
+        Self::of(From::Quic(receive), To::Quic(send), counts, class, version)
     }
 
-    pub(crate) fn in_memory(from: Pipe, to: Pipe, counts: Arc<Counts>, class: Class, kept: Kept) -> Self {
-        Self::of(From::Memory(from, None), To::Memory(to), counts, class, kept)
+    pub(crate) fn in_memory(
+        from: Pipe,
+        to: Pipe,
+        counts: Arc<Counts>,
+        class: Class,
+        version: Version,
+    ) -> Self {
+        Self::of(From::Memory(from, None), To::Memory(to), counts, class, version)
     }
 
-    fn of(from: From, to: To, counts: Arc<Counts>, class: Class, kept: Kept) -> Self {
+    fn of(from: From, to: To, counts: Arc<Counts>, class: Class, version: Version) -> Self {
         Self {
-            read: ReadHalf { from, counts: Arc::clone(&counts), class, ended: false, _kept: kept.clone() },
-            write: WriteHalf { to, counts, class, ended: false, _kept: kept },
+            read: ReadHalf { from, counts: Arc::clone(&counts), class, ended: false, _kept: None },
+            write: WriteHalf { to, counts, class, ended: false, _kept: None },
+            version,
         }
+    }
+
+    /// The version that both ends speak in the frames on it.
+    #[must_use]
+    pub const fn version(&self) -> Version {
+        self.version
     }
 
     /// What both halves keep until they go.

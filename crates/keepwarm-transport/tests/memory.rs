@@ -9,6 +9,7 @@ use std::time::Duration;
 use conformance::{Form, Node, cluster, frame, id, name, until};
 use keepwarm_transport::Transport;
 use keepwarm_transport::memory::Network;
+use keepwarm_wire::Versions;
 
 struct InMemory(Network);
 
@@ -19,8 +20,8 @@ impl InMemory {
 }
 
 impl Form for InMemory {
-    fn join(&mut self, node: &str, incarnation: u64) -> (Node, String) {
-        let (links, incoming) = self.0.join(id(node, incarnation));
+    fn join_speaking(&mut self, node: &str, incarnation: u64, versions: Versions) -> (Node, String) {
+        let (links, incoming) = self.0.join_speaking(id(node, incarnation), versions);
         (Node::new(links, incoming), node.to_owned())
     }
 

@@ -8,18 +8,20 @@ use std::sync::Arc;
 use conformance::{ADDRESSES, Form, Node, id};
 use keepwarm_transport::Transport;
 use keepwarm_transport::quic::{QuicSettings, QuicTransport, TlsMaterial};
+use keepwarm_wire::Versions;
 
 #[derive(Default)]
 struct Quic;
 
 impl Form for Quic {
-    fn join(&mut self, node: &str, incarnation: u64) -> (Node, String) {
+    fn join_speaking(&mut self, node: &str, incarnation: u64, versions: Versions) -> (Node, String) {
         let (links, incoming) = QuicTransport::start(QuicSettings {
             local: id(node, incarnation),
             cluster: "test".to_owned(),
             cluster_id: 7,
             listen: "127.0.0.1:0".parse().unwrap(),
             tls: TlsMaterial::LoopbackOnly,
+            versions,
         })
         .unwrap();
         let address = links.address().unwrap().to_string();

@@ -12,7 +12,7 @@ use keepwarm_transport::Transport;
 use keepwarm_transport::certificate::{Authority, Identity, TlsPaths};
 use keepwarm_transport::quic::{QuicError, QuicSettings, QuicTransport, TlsMaterial};
 use keepwarm_types::Incarnation;
-use keepwarm_wire::{Frame, Hello, HelloAnswer, VERSION, decode_header, encode_frame};
+use keepwarm_wire::{Frame, Hello, HelloAnswer, VERSION, Versions, decode_header, encode_frame};
 use quinn::Connection;
 
 const DAYS: u32 = 30;
@@ -41,6 +41,7 @@ fn settings(cluster: &str, node: &str, incarnation: u64, paths: &TlsPaths) -> Qu
         cluster_id: CLUSTER_ID,
         listen: "127.0.0.1:0".parse().unwrap(),
         tls: TlsMaterial::Files(paths.clone()),
+        versions: Versions::ALL,
     }
 }
 
@@ -123,12 +124,18 @@ async fn say(connection: &Connection, bytes: &[u8]) -> Option<Frame> {
 }
 
 fn hello(node: &str, incarnation: u64) -> Hello {
-    Hello::new("prod".to_owned(), CLUSTER_ID, name(node), Incarnation(incarnation))
+    Hello {
+        cluster: "prod".to_owned(),
+        cluster_id: CLUSTER_ID,
+        node: name(node),
+        incarnation: Incarnation(incarnation),
+        versions: Versions::ALL,
+    }
 }
 
 async fn answered(connection: &Connection, hello: &Hello) -> HelloAnswer {
     let answer = say(connection, &encode_frame(&hello.frame()).unwrap()).await;
-    HelloAnswer::read(&answer.unwrap()).unwrap()
+    HelloAnswer::read(&answer.unwrap(), Versions::ALL).unwrap()
 }
 
 fn refused(answer: HelloAnswer, part: &str) {
@@ -215,7 +222,9 @@ async fn a_hello_that_does_not_fit_is_answered_by_its_reason() {
             answered(&connection, &hello).await
         }
     };
-    refused(asked(Hello { versions: (VERSION + 1, VERSION + 2), ..hello("a", 1) }).await, "versions");
+    let far = Versions { oldest: VERSION + 1, newest: VERSION + 2 };
+    let both = format!("the peer speaks versions {far}, this node {}", Versions::ALL);
+    refused(asked(Hello { versions: far, ..hello("a", 1) }).await, &both);
     refused(asked(Hello { cluster_id: 8, ..hello("a", 1) }).await, "bootstrap");
     refused(asked(hello("b", 1)).await, "its certificate 'a'");
     reason(&pair.m, "a", "its certificate 'a'").await;
@@ -315,6 +324,7 @@ async fn without_certificates_nothing_beyond_loopback_is_bound_or_dialled() {
         cluster_id: CLUSTER_ID,
         listen: listen.parse().unwrap(),
         tls: TlsMaterial::LoopbackOnly,
+        versions: Versions::ALL,
     };
     let refused = QuicTransport::start(open("0.0.0.0:0")).unwrap_err();
     assert!(matches!(refused, QuicError::Open(_)), "{refused}");

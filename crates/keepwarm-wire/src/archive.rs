@@ -7,32 +7,30 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Portable, Serialize, rancor};
 
-use crate::error::DecodeError;
+use crate::error::{DecodeError, EncodeError};
 use crate::frame::Frame;
-use crate::limits::{TooLong, within};
+use crate::limits::within;
+use crate::version::Version;
 
-/// The version that this node writes.
-pub const VERSION: u16 = 1;
-/// The oldest version that this node reads.
-pub const VERSION_OLDEST: u16 = 1;
 /// The version as two bytes, little endian, and six of zero: so an archive in an aligned payload is aligned too.
 const HEADER_BYTES: usize = 8;
 /// Alignment of every archive: its widest number has 64 bits.
 const ALIGN: usize = 8;
 
-/// Makes a frame of a value whose counts have been checked.
+/// Makes a frame of a wire type of this version, whose counts have been checked.
 pub(crate) fn seal<T>(
+    version: Version,
     kind: u16,
     what: &'static str,
     value: &T,
     size_hint: usize,
     limit: usize,
-) -> Result<Frame, TooLong>
+) -> Result<Frame, EncodeError>
 where
     T: for<'a> Serialize<HighSerializer<Vec<u8>, ArenaHandle<'a>, rancor::Error>>,
 {
     let mut payload = Vec::with_capacity(HEADER_BYTES + size_hint);
-    payload.extend(VERSION.to_le_bytes());
+    payload.extend(version.number().to_le_bytes());
     payload.resize(HEADER_BYTES, 0);
     let payload = rkyv::api::high::to_bytes_in::<_, rancor::Error>(value, payload)
         .expect("plain values of bounded size always archive");
@@ -42,6 +40,8 @@ where
 
 /// A payload's archive, in place where it is aligned and as a copy where not.
 pub(crate) struct Opened<'a> {
+    /// Which version its wire type is of.
+    pub(crate) version: Version,
     payload: &'a [u8],
     copy: AlignedVec<ALIGN>,
 }
@@ -60,18 +60,16 @@ impl<'a> Opened<'a> {
         within(what, frame.payload.len(), limit)?;
         let (header, archive) =
             frame.payload.split_at_checked(HEADER_BYTES).ok_or(DecodeError::Short(frame.payload.len()))?;
-        let version = u16::from_le_bytes([header[0], header[1]]);
-        if !(VERSION_OLDEST..=VERSION).contains(&version) {
-            return Err(DecodeError::Version(version));
-        }
+        let number = u16::from_le_bytes([header[0], header[1]]);
+        let version = Version::of_payload(number).ok_or(DecodeError::Version(number))?;
         let mut copy = AlignedVec::new();
         if !archive.as_ptr().addr().is_multiple_of(ALIGN) {
             copy.extend_from_slice(archive);
         }
-        Ok(Self { payload: archive, copy })
+        Ok(Self { version, payload: archive, copy })
     }
 
-    /// Checks the archive from end to end and gives its root.
+    /// Checks the archive from end to end and gives its root: a wire type of its version.
     pub(crate) fn root<T>(&self) -> Result<&T, DecodeError>
     where
         T: Portable + for<'b> CheckBytes<HighValidator<'b, rancor::Error>>,

@@ -5,10 +5,11 @@ use keepwarm_types::TenantName;
 use rkyv::{Archive, Serialize};
 
 use crate::archive::{Opened, seal};
-use crate::error::{DecodeError, name};
+use crate::error::{DecodeError, EncodeError, name};
 use crate::frame::Frame;
 use crate::kinds;
 use crate::limits::{CONTROL_BYTES_MAX, TooLong, within};
+use crate::version::Version;
 
 /// Longest request id, in bytes: a UUID has 36, a trace's id 55.
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -39,11 +40,11 @@ struct WireRelayHeader {
 }
 
 impl RelayHeader {
-    /// Makes a frame of it.
+    /// Makes a frame of it, in the version that its reader speaks.
     ///
     /// # Errors
-    /// [`TooLong`] where the request's id has more than [`REQUEST_ID_BYTES_MAX`] bytes.
-    pub fn encode(&self) -> Result<Frame, TooLong> {
+    /// [`EncodeError`] where the request's id has more than [`REQUEST_ID_BYTES_MAX`] bytes.
+    pub fn encode(&self, version: Version) -> Result<Frame, EncodeError> {
         within("relay.request_id", self.request_id.len(), REQUEST_ID_BYTES_MAX)?;
         let wire = WireRelayHeader {
             tenant: self.tenant.as_str().to_owned(),
@@ -51,7 +52,7 @@ impl RelayHeader {
             request_id: self.request_id.clone(),
             hops: self.hops,
         };
-        seal(kinds::RELAY_HEADER, "relay header", &wire, 256, CONTROL_BYTES_MAX)
+        seal(version, kinds::RELAY_HEADER, "relay header", &wire, 256, CONTROL_BYTES_MAX)
     }
 
     /// Reads it from a frame; never panics.
@@ -71,8 +72,8 @@ impl RelayHeader {
     }
 }
 
-/// A message of the registry's consensus group. Its bytes are the registry's own, with their own version, and are
-/// not looked at here.
+/// A message of the registry's consensus group. Its bytes are the registry's own, which writes the link's version into
+/// them; they are not looked at here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryFrame(pub Bytes);
 

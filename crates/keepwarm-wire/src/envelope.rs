@@ -8,16 +8,35 @@
 //!
 //! # Versions
 //!
-//! A node of version N talks with nodes of N-1, N and N+1. An archive has no optional ends: any new field is a new
-//! layout of bytes and so a new version. To add a field:
+//! A node of version N talks with nodes of N-1, N and N+1. The hellos on a link name what each side speaks, from the
+//! oldest to the newest; the link speaks the lower of the two newest, and is refused where the two ranges have nothing
+//! in common. That is a [`Version`], which nothing but two hellos makes: the transport tells it of a peer that is
+//! connected, of a stream and of whoever waits for an answer. Every encoder takes one and writes it into the payload;
+//! every decoder reads what the payload says it is, from [`crate::VERSION_OLDEST`] to [`crate::VERSION`]. A peer that
+//! is not connected has no version, and nothing can be encoded for it.
 //!
-//! 1. Copy the wire types that change into a module `v1` (the old number), with a conversion from old to new that
-//!    says what the field is where the sender did not have it.
-//! 2. Raise `VERSION`; `VERSION_OLDEST` becomes the one before it. Decoding matches on the version.
-//! 3. Encode takes the version to write: the lower of the two that the peers' hellos named. What the old version
-//!    cannot say must not be relied upon before all nodes are new.
+//! So nodes are updated one after another, and each pair speaks the older one's version until both are new. What the
+//! older version cannot say is refused by the encoder ([`EncodeError::Unsayable`]): whoever wants to say it must have
+//! another way, or do without, until all nodes are new.
 //!
-//! A new kind of message is the same; a node never sends it to a peer of a lower version.
+//! An archive has no optional ends: any new field is a new layout of bytes and so a new version. To add a field:
+//!
+//! 1. Copy the wire types that change into the module `v1` (named for the old number), with a conversion from old to
+//!    new that says what the field is where the sender did not have it, and one back that says what has no word there.
+//! 2. Raise `VERSION`; `VERSION_OLDEST` becomes the one before it, and what was kept for the one before that goes.
+//!    Encoders that write the changed type match on the version to write, decoders on the one that the payload has.
+//! 3. Keep frames of the old version as bytes (`tests/golden`): they are made by its last encoder, before the change.
+//!
+//! A new kind of message is the same; its encoder refuses a lower version. Payloads that nothing changed in have the
+//! same layout in both versions, and say which they are of all the same.
+//!
+//! | version | what it added |
+//! |---|---|
+//! | 1 | all of it |
+//! | 2 | [`crate::blocks::Direction::Spare`]: a header of blocks says its way in a byte, where 1 says whether it pulls |
+//!
+//! A header of frames has a version of its own, its format, which is the same in both: hellos are frames too. The
+//! registry's messages ([`crate::control::RegistryFrame`]) begin with the link's version as all others do.
 //!
 //! # What the decoder does not know
 //!
@@ -33,7 +52,7 @@ use keepwarm_types::{Generation, SessionKey};
 use rkyv::{Archive, Serialize};
 
 use crate::archive::{Opened, seal};
-use crate::error::DecodeError;
+use crate::error::{DecodeError, EncodeError};
 use crate::frame::Frame;
 use crate::identity::{
     ArchivedWireKey, ArchivedWireStamp, WireKey, WireMember, WireSet, WireStamp, birth, shard,
@@ -42,6 +61,7 @@ use crate::kinds;
 use crate::layout::LayoutCache;
 use crate::limits::{ENVELOPE_BYTES_MAX, KEYS_MAX, TooLong, counter, within};
 use crate::record::{WireInstall, WirePrepare};
+use crate::version::Version;
 
 #[derive(Archive, Serialize)]
 struct WireEnvelope {
@@ -84,11 +104,11 @@ enum WireSpan {
     Between { after: Option<WireKey>, through: Option<WireKey> },
 }
 
-/// Makes a frame of an envelope.
+/// Makes a frame of an envelope, in the version that its reader speaks.
 ///
 /// # Errors
-/// [`TooLong`] where it holds more of something than a frame may: see [`crate::limits`].
-pub fn encode(envelope: &Envelope) -> Result<Frame, TooLong> {
+/// [`EncodeError`] where it holds more of something than a frame may: see [`crate::limits`].
+pub fn encode(envelope: &Envelope, version: Version) -> Result<Frame, EncodeError> {
     let wire = WireEnvelope {
         shard: envelope.shard.0,
         from: (&envelope.from).into(),
@@ -98,10 +118,10 @@ pub fn encode(envelope: &Envelope) -> Result<Frame, TooLong> {
         message: WireMessage::new(&envelope.message)?,
     };
     let size_hint = 512 + WireMessage::size_hint(&envelope.message);
-    seal(kinds::ENVELOPE, "envelope", &wire, size_hint, ENVELOPE_BYTES_MAX)
+    seal(version, kinds::ENVELOPE, "envelope", &wire, size_hint, ENVELOPE_BYTES_MAX)
 }
 
-/// Reads an envelope; never panics, whatever the frame holds. Layouts come from the cache where it has them, and go
+/// Reads an envelope, in any version that this node reads; never panics, whatever the frame holds. Layouts come from the cache where it has them, and go
 /// into it where not.
 ///
 /// # Errors
@@ -276,7 +296,7 @@ mod tests {
         });
         let wire =
             WireEnvelope { shard: 1, from: member(), to: member(), set: set.unwrap(), sent: 1, message };
-        seal(kinds::ENVELOPE, "envelope", &wire, 0, ENVELOPE_BYTES_MAX).unwrap()
+        seal(Version::NEWEST, kinds::ENVELOPE, "envelope", &wire, 0, ENVELOPE_BYTES_MAX).unwrap()
     }
 
     fn refused(message: WireMessage) -> String {

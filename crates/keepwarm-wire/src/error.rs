@@ -1,10 +1,30 @@
-//! Why a payload cannot be read.
+//! Why a payload cannot be written or read.
 
 use std::fmt::Display;
 use std::str::FromStr;
 
-use crate::archive::{VERSION, VERSION_OLDEST};
 use crate::limits::{NAME_BYTES_MAX, TooLong, within};
+use crate::version::{VERSION, VERSION_OLDEST, Version};
+
+/// Why a value cannot be written for a peer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// More of something than may be.
+    #[error(transparent)]
+    TooLong(#[from] TooLong),
+    /// The peer's version has no word for it.
+    #[error(
+        "{what} cannot be said in version {version}, which is what the peer speaks: it came with version {since}"
+    )]
+    Unsayable {
+        /// What it is.
+        what: &'static str,
+        /// What both ends of the link speak.
+        version: Version,
+        /// The first version that can say it.
+        since: u16,
+    },
+}
 
 /// Why a payload cannot be read. None of these passes by trying again: the peer is of another version, or broken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -10,14 +10,19 @@ use crate::limits::ENVELOPE_BYTES_MAX;
 
 /// What every frame begins with.
 const MAGIC: [u8; 4] = *b"KWF1";
-/// Version of the header itself. A payload says its own.
+/// Version of the header itself, as it is written: hellos have it too, so it is one that peers of the version before read.
+/// A payload says its own.
 const FORMAT: u16 = 1;
+/// The oldest format that is read, and the newest.
+const FORMAT_OLDEST: u16 = 1;
+const FORMAT_NEWEST: u16 = 1;
 /// Bytes of a header: magic, format, kind, length, checksum.
 pub const HEADER_BYTES: usize = 4 + 2 + 2 + 4 + 8;
 /// Longest payload: the largest that this crate makes.
 pub const FRAME_BYTES_MAX: usize = ENVELOPE_BYTES_MAX;
 
 const _: () = assert!(FRAME_BYTES_MAX <= u32::MAX as usize);
+const _: () = assert!(FORMAT_OLDEST <= FORMAT && FORMAT <= FORMAT_NEWEST);
 
 /// One frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,8 +40,10 @@ pub enum FrameError {
     #[error("not a frame: it begins with {0:02x?}")]
     Garbage([u8; 4]),
     /// The header is of a version that this node does not know.
-    #[error("a frame of format {0}; this keepwarm speaks {FORMAT}: run the newer one on both nodes")]
-    Newer(u16),
+    #[error(
+        "a frame of format {0}; this keepwarm reads {FORMAT_OLDEST} to {FORMAT_NEWEST}: update one step at a time"
+    )]
+    Format(u16),
     /// The payload is longer than any may be.
     #[error("a frame of {0} bytes is more than the {FRAME_BYTES_MAX} that may be")]
     TooLong(usize),
@@ -100,8 +107,8 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<FrameHeader, FrameErr
         return Err(FrameError::Garbage([m0, m1, m2, m3]));
     }
     let format = u16::from_le_bytes([f0, f1]);
-    if format != FORMAT {
-        return Err(FrameError::Newer(format));
+    if !(FORMAT_OLDEST..=FORMAT_NEWEST).contains(&format) {
+        return Err(FrameError::Format(format));
     }
     let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
     if length > FRAME_BYTES_MAX {
@@ -143,6 +150,17 @@ mod tests {
             broken[at] ^= 1;
             assert_eq!(header.frame(broken.into()), Err(FrameError::Checksum(7)));
         }
+    }
+
+    #[test]
+    fn a_header_of_another_format_says_which_are_read() {
+        for format in [FORMAT_OLDEST - 1, FORMAT_NEWEST + 1] {
+            let mut bytes = encode_frame(&Frame { kind: 1, payload: Bytes::new() }).unwrap().to_vec();
+            bytes[4..6].copy_from_slice(&format.to_le_bytes());
+            let header: [u8; HEADER_BYTES] = bytes.try_into().unwrap();
+            assert_eq!(decode_header(&header), Err(FrameError::Format(format)));
+        }
+        assert!(FrameError::Format(2).to_string().contains("reads 1 to 1"));
     }
 
     #[test]

@@ -7,10 +7,10 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use keepwarm_types::{Incarnation, NodeName};
 
-use crate::archive::{VERSION, VERSION_OLDEST};
 use crate::frame::Frame;
 use crate::kinds;
 use crate::limits::NAME_BYTES_MAX;
+use crate::version::{NoCommonVersion, Versions};
 
 /// Longest reason of a refusal, in bytes.
 const REASON_BYTES_MAX: usize = 512;
@@ -26,8 +26,8 @@ pub struct Hello {
     pub node: NodeName,
     /// Which start of it.
     pub incarnation: Incarnation,
-    /// The oldest and the newest version that it speaks.
-    pub versions: (u16, u16),
+    /// The versions that it speaks.
+    pub versions: Versions,
 }
 
 /// What is answered.
@@ -48,36 +48,26 @@ pub enum HelloError {
     #[error("the peer does not say hello: {0}")]
     NotHello(&'static str),
     /// Both are of keepwarm, but too far apart.
-    #[error(
-        "the peer speaks versions {0} to {1}, this node {VERSION_OLDEST} to {VERSION}: update one step at a time"
-    )]
-    Versions(u16, u16),
+    #[error(transparent)]
+    Versions(#[from] NoCommonVersion),
 }
 
 impl Hello {
-    /// What this version says.
-    #[must_use]
-    pub const fn new(cluster: String, cluster_id: u128, node: NodeName, incarnation: Incarnation) -> Self {
-        Self { cluster, cluster_id, node, incarnation, versions: (VERSION_OLDEST, VERSION) }
-    }
-
     fn put(&self, bytes: &mut BytesMut) {
-        bytes.put_u16_le(self.versions.0);
-        bytes.put_u16_le(self.versions.1);
+        bytes.put_u16_le(self.versions.oldest);
+        bytes.put_u16_le(self.versions.newest);
         bytes.put_u128_le(self.cluster_id);
         bytes.put_u64_le(self.incarnation.0);
         put_text(bytes, &self.cluster, NAME_BYTES_MAX);
         put_text(bytes, self.node.as_str(), NAME_BYTES_MAX);
     }
 
-    fn take(bytes: &mut Bytes) -> Result<Self, HelloError> {
+    fn take(bytes: &mut Bytes, mine: Versions) -> Result<Self, HelloError> {
         if bytes.len() < 28 {
             return Err(HelloError::NotHello("it is too short"));
         }
-        let versions = (bytes.get_u16_le(), bytes.get_u16_le());
-        if versions.0 > VERSION || versions.1 < VERSION_OLDEST {
-            return Err(HelloError::Versions(versions.0, versions.1));
-        }
+        let versions = Versions { oldest: bytes.get_u16_le(), newest: bytes.get_u16_le() };
+        mine.common(versions)?;
         let (cluster_id, incarnation) = (bytes.get_u128_le(), Incarnation(bytes.get_u64_le()));
         let cluster = take_text(bytes, NAME_BYTES_MAX)?;
         let node = take_text(bytes, NAME_BYTES_MAX)?;
@@ -93,15 +83,15 @@ impl Hello {
         Frame { kind: kinds::HELLO, payload: bytes.freeze() }
     }
 
-    /// Reads it.
+    /// Reads it, as a node that speaks `mine`.
     ///
     /// # Errors
-    /// [`HelloError`].
-    pub fn read(frame: &Frame) -> Result<Self, HelloError> {
+    /// [`HelloError`]; of a peer that is too far apart nothing but its versions is read.
+    pub fn read(frame: &Frame, mine: Versions) -> Result<Self, HelloError> {
         if frame.kind != kinds::HELLO {
             return Err(HelloError::NotHello("the frame is of another kind"));
         }
-        Self::take(&mut frame.payload.clone())
+        Self::take(&mut frame.payload.clone(), mine)
     }
 }
 
@@ -124,17 +114,17 @@ impl HelloAnswer {
         Frame { kind: kinds::HELLO_ANSWER, payload: bytes.freeze() }
     }
 
-    /// Reads it.
+    /// Reads it, as a node that speaks `mine`.
     ///
     /// # Errors
     /// [`HelloError`].
-    pub fn read(frame: &Frame) -> Result<Self, HelloError> {
+    pub fn read(frame: &Frame, mine: Versions) -> Result<Self, HelloError> {
         let mut bytes = frame.payload.clone();
         if frame.kind != kinds::HELLO_ANSWER || bytes.is_empty() {
             return Err(HelloError::NotHello("the answer is of another kind"));
         }
         match bytes.get_u8() {
-            1 => Hello::take(&mut bytes).map(Self::Accepted),
+            1 => Hello::take(&mut bytes, mine).map(Self::Accepted),
             2 => Ok(Self::WillDial),
             _ => take_text(&mut bytes, REASON_BYTES_MAX).map(Self::Refused),
         }
@@ -168,32 +158,45 @@ mod tests {
 
     use super::*;
 
+    const MINE: Versions = Versions::ALL;
+
     fn hello() -> Hello {
-        Hello::new("prod".to_owned(), 7, "n1".parse().unwrap(), Incarnation(9))
+        Hello {
+            cluster: "prod".to_owned(),
+            cluster_id: 7,
+            node: "n1".parse().unwrap(),
+            incarnation: Incarnation(9),
+            versions: MINE,
+        }
     }
 
     #[test]
     fn hellos_and_answers_come_back_as_they_went() {
-        assert_eq!(Hello::read(&hello().frame()), Ok(hello()));
+        assert_eq!(Hello::read(&hello().frame(), MINE), Ok(hello()));
         let refused = HelloAnswer::Refused("no, ä".to_owned());
         for answer in [HelloAnswer::Accepted(hello()), HelloAnswer::WillDial, refused] {
-            assert_eq!(HelloAnswer::read(&answer.frame()), Ok(answer));
+            assert_eq!(HelloAnswer::read(&answer.frame(), MINE), Ok(answer));
         }
     }
 
     #[test]
     fn a_peer_of_a_far_version_is_told_so() {
-        let far = Hello { versions: (VERSION + 1, VERSION + 2), ..hello() };
-        assert_eq!(Hello::read(&far.frame()), Err(HelloError::Versions(VERSION + 1, VERSION + 2)));
-        let near = Hello { versions: (VERSION, VERSION + 1), ..hello() };
-        assert!(Hello::read(&near.frame()).is_ok());
+        let far = Versions { oldest: MINE.newest + 1, newest: MINE.newest + 2 };
+        for (theirs, mine) in [(far, MINE), (MINE, far)] {
+            let said = Hello { versions: theirs, ..hello() };
+            let apart = HelloError::Versions(NoCommonVersion { mine, theirs });
+            assert_eq!(Hello::read(&said.frame(), mine), Err(apart.clone()));
+            assert_eq!(HelloAnswer::read(&HelloAnswer::Accepted(said).frame(), mine), Err(apart));
+        }
+        let near = Hello { versions: Versions { oldest: MINE.newest, newest: MINE.newest + 1 }, ..hello() };
+        assert_eq!(Hello::read(&near.frame(), MINE), Ok(near));
     }
 
     proptest! {
         #[test]
         fn no_bytes_make_the_reader_panic(payload in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Hello::read(&Frame { kind: kinds::HELLO, payload: payload.clone().into() });
-            let _ = HelloAnswer::read(&Frame { kind: kinds::HELLO_ANSWER, payload: payload.into() });
+            let _ = Hello::read(&Frame { kind: kinds::HELLO, payload: payload.clone().into() }, MINE);
+            let _ = HelloAnswer::read(&Frame { kind: kinds::HELLO_ANSWER, payload: payload.into() }, MINE);
         }
     }
 }

@@ -180,6 +180,7 @@ impl ArchivedWirePlanes {
 mod tests {
     use super::*;
     use crate::archive::{Opened, seal};
+    use crate::version::Version;
 
     fn wire(model: &str) -> WireLayout {
         let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };
@@ -187,7 +188,7 @@ mod tests {
     }
 
     fn read(wire: &WireLayout, cache: &LayoutCache) -> Result<Arc<Layout>, DecodeError> {
-        let frame = seal(1, "layout", wire, 0, 1 << 20).unwrap();
+        let frame = seal(Version::NEWEST, 1, "layout", wire, 0, 1 << 20).unwrap();
         Opened::new(&frame, 1, "layout", 1 << 20)?.root::<ArchivedWireLayout>()?.read(cache)
     }
 

@@ -339,6 +339,7 @@ mod tests {
 
     use super::*;
     use crate::archive::{Opened, seal};
+    use crate::version::Version;
 
     fn wire() -> WireManifest {
         let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 16 } };
@@ -372,7 +373,7 @@ mod tests {
     fn read(change: impl FnOnce(&mut WireManifest)) -> String {
         let mut wire = wire();
         change(&mut wire);
-        let frame = seal(1, "manifest", &wire, 0, 64 << 20).unwrap();
+        let frame = seal(Version::NEWEST, 1, "manifest", &wire, 0, 64 << 20).unwrap();
         let opened = Opened::new(&frame, 1, "manifest", 64 << 20).unwrap();
         let root = opened.root::<ArchivedWireManifest>().unwrap();
         root.read(&LayoutCache::new(), &[]).map_or_else(|error| error.to_string(), |_| String::new())

@@ -15,7 +15,9 @@ use keepwarm_wire::limits::{
     COUNT_MAX, ENVELOPE_BYTES_MAX, HOLDERS_MAX, KEYS_MAX, MANIFEST_BLOCKS_MAX, ROLE_BYTES_MAX,
     TRANSCRIPT_MESSAGES_MAX, TRANSCRIPT_TEXT_MAX, TRANSCRIPT_TOKENS_MAX,
 };
-use keepwarm_wire::{DecodeError, Frame, LayoutCache, TooLong, VERSION, envelope, kinds};
+use keepwarm_wire::{
+    DecodeError, EncodeError, Frame, LayoutCache, TooLong, VERSION, VERSION_OLDEST, Version, envelope, kinds,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -29,6 +31,16 @@ fn read_all(payload: &Bytes, layouts: &LayoutCache) {
     let _ = BlocksAnswer::decode(&frame(kinds::BLOCKS_ANSWER));
     let _ = RelayHeader::decode(&frame(kinds::RELAY_HEADER));
     let _ = RegistryFrame::decode(frame(kinds::REGISTRY));
+}
+
+/// The newest version.
+fn newest() -> Version {
+    arbitrary::versions().last().unwrap()
+}
+
+fn too_long(error: EncodeError) -> TooLong {
+    let EncodeError::TooLong(too_long) = error else { panic!("{error}") };
+    too_long
 }
 
 /// One value of a strategy, the same each time.
@@ -51,16 +63,17 @@ fn refused(
     let Content::Live(manifest, transcript) = &mut install.content else { unreachable!() };
     change(Arc::make_mut(manifest), transcript);
     envelope.message = Message::Install(Box::new(install));
-    envelope::encode(&envelope).err().map(|error| error.what)
+    envelope::encode(&envelope, newest()).err().map(|error| too_long(error).what)
 }
 
 proptest! {
     #![proptest_config(Config { cases: 512, ..Config::default() })]
 
     #[test]
-    fn noise_is_refused(mut payload in vec(any::<u8>(), 0..600), versioned in any::<bool>()) {
-        if versioned && payload.len() > 8 {
-            payload[..8].copy_from_slice(&u64::from(VERSION).to_le_bytes());
+    fn noise_is_refused(mut payload in vec(any::<u8>(), 0..600), said in 0..=VERSION + 1) {
+        // Zero: the noise itself says.
+        if said > 0 && payload.len() > 8 {
+            payload[..8].copy_from_slice(&u64::from(said).to_le_bytes());
         }
         read_all(&payload.into(), &LayoutCache::new());
     }
@@ -68,10 +81,11 @@ proptest! {
     #[test]
     fn damage_is_refused_or_read_as_something_else(
         sent in arbitrary::envelope(),
+        version in arbitrary::version(),
         flips in vec((any::<prop::sample::Index>(), 0..8u32), 1..8),
         cut in option_of_index(),
     ) {
-        let frame = envelope::encode(&sent).unwrap();
+        let frame = envelope::encode(&sent, version).unwrap();
         let mut payload = frame.payload.to_vec();
         for (at, bit) in flips {
             let at = at.index(payload.len());
@@ -83,7 +97,7 @@ proptest! {
         read_all(&payload.clone().into(), &layouts);
         // Whatever was read is a value that can be sent on.
         if let Ok(read) = envelope::decode(&Frame { kind: kinds::ENVELOPE, payload: payload.into() }, &layouts) {
-            let again = envelope::encode(&read).unwrap();
+            let again = envelope::encode(&read, version).unwrap();
             prop_assert_eq!(envelope::decode(&again, &layouts), Ok(read));
         }
     }
@@ -97,7 +111,7 @@ fn option_of_index() -> impl Strategy<Value = Option<prop::sample::Index>> {
 fn every_truncation_is_refused() {
     let (mut envelope, install) = install();
     envelope.message = Message::Install(Box::new(install));
-    let frame = envelope::encode(&envelope).unwrap();
+    let frame = envelope::encode(&envelope, newest()).unwrap();
     let layouts = LayoutCache::new();
     for length in 0..frame.payload.len() {
         let cut = Frame { kind: frame.kind, payload: frame.payload.slice(..length) };
@@ -110,17 +124,20 @@ fn every_truncation_is_refused() {
 #[test]
 fn a_frame_of_another_kind_or_version_says_so() {
     let (envelope, _) = install();
-    let frame = envelope::encode(&envelope).unwrap();
+    let frame = envelope::encode(&envelope, newest()).unwrap();
     let layouts = LayoutCache::new();
     let other = Frame { kind: kinds::REGISTRY, ..frame.clone() };
     let wrong_kind = DecodeError::Kind { found: kinds::REGISTRY, wanted: kinds::ENVELOPE };
     assert_eq!(envelope::decode(&other, &layouts), Err(wrong_kind));
-    let mut payload = frame.payload.to_vec();
-    payload[0] = 9;
-    let newer = Frame { kind: frame.kind, payload: payload.into() };
-    let error = envelope::decode(&newer, &layouts).unwrap_err();
-    assert_eq!(error, DecodeError::Version(9));
-    assert!(error.to_string().contains("version 9 came"), "{error}");
+    for beyond in [VERSION_OLDEST - 1, VERSION + 1] {
+        let mut payload = frame.payload.to_vec();
+        payload[..2].copy_from_slice(&beyond.to_le_bytes());
+        let error = envelope::decode(&Frame { kind: frame.kind, payload: payload.into() }, &layouts);
+        let error = error.unwrap_err();
+        assert_eq!(error, DecodeError::Version(beyond));
+        let text = format!("version {beyond} came, and this node reads {VERSION_OLDEST} to {VERSION}");
+        assert!(error.to_string().contains(&text), "{error}");
+    }
     let short = Frame { kind: frame.kind, payload: Bytes::from_static(&[1, 0, 0]) };
     assert_eq!(envelope::decode(&short, &layouts), Err(DecodeError::Short(3)));
     let long = Frame { kind: frame.kind, payload: vec![0; ENVELOPE_BYTES_MAX + 1].into() };
@@ -188,10 +205,10 @@ fn too_many_keys_are_not_sent() {
     let (mut envelope, install) = install();
     let stamp = one(arbitrary::manifest(install.key.clone())).stamp;
     envelope.message = Message::Committed(vec![(install.key.clone(), stamp); KEYS_MAX + 1]);
-    assert_eq!(envelope::encode(&envelope).unwrap_err().what, "committed");
+    assert_eq!(too_long(envelope::encode(&envelope, newest()).unwrap_err()).what, "committed");
     let keys = vec![install.key; KEYS_MAX + 1];
     envelope.message = Message::Compared { id: 1, differing: vec![], lacking: keys };
-    let error = envelope::encode(&envelope).unwrap_err();
+    let error = too_long(envelope::encode(&envelope, newest()).unwrap_err());
     assert_eq!(error, TooLong { what: "compared.lacking", count: 1025, limit: 1024 });
     assert_eq!(error.to_string(), "compared.lacking: 1025 are more than the 1024 that a frame may hold");
 }
@@ -200,11 +217,12 @@ fn too_many_keys_are_not_sent() {
 fn numbers_that_would_overflow_the_receiver_are_refused() {
     let (mut envelope, _) = install();
     envelope.message = Message::Settled { before: Generation(u64::MAX) };
-    let error = envelope::decode(&envelope::encode(&envelope).unwrap(), &LayoutCache::new());
+    let error = envelope::decode(&envelope::encode(&envelope, newest()).unwrap(), &LayoutCache::new());
     assert_eq!(error, Err(TooLong { what: "settled.before", count: u64::MAX, limit: COUNT_MAX }.into()));
     envelope.shard = ShardId(65_536);
     envelope.message = Message::Stale;
-    let error = envelope::decode(&envelope::encode(&envelope).unwrap(), &LayoutCache::new()).unwrap_err();
+    let error =
+        envelope::decode(&envelope::encode(&envelope, newest()).unwrap(), &LayoutCache::new()).unwrap_err();
     assert_eq!(error.to_string(), "shard: 65536 is not below 65536");
 }
 
@@ -214,7 +232,7 @@ fn a_manifest_must_fit_its_message_and_its_layout() {
         let (mut envelope, mut install) = install();
         change(&mut install);
         envelope.message = Message::Install(Box::new(install));
-        let frame = envelope::encode(&envelope).unwrap();
+        let frame = envelope::encode(&envelope, newest()).unwrap();
         envelope::decode(&frame, &LayoutCache::new()).unwrap_err().to_string()
     };
     let other_key = said(|install| install.key.tenant = "other".parse().unwrap());
@@ -234,6 +252,54 @@ fn a_manifest_must_fit_its_message_and_its_layout() {
 }
 
 #[test]
+fn damaged_headers_of_either_version_are_refused_or_read_as_something_else() {
+    for version in arbitrary::versions() {
+        let strategy =
+            (arbitrary::key(), vec(arbitrary::block(1 << 20), 0..20), vec(any::<(u16, u8)>(), 1..8));
+        let mut runner =
+            TestRunner::new(Config { cases: 512, failure_persistence: None, ..Config::default() });
+        let run = runner.run(&strategy, |(key, blocks, flips)| {
+            let (shard, generation, birth) = (ShardId(0), Generation(1), Birth::from_random(1));
+            let header = BlocksHeader { shard, generation, key, birth, blocks, direction: Direction::Pull };
+            let mut payload = header.encode(version).unwrap().payload.to_vec();
+            for (at, bit) in flips {
+                let at = usize::from(at) % payload.len();
+                payload[at] ^= 1 << (bit % 8);
+            }
+            let damaged = Frame { kind: kinds::BLOCKS_HEADER, payload: payload.into() };
+            // Whatever was read is a value that can be sent on.
+            if let Ok(read) = BlocksHeader::decode(&damaged) {
+                prop_assert_eq!(BlocksHeader::decode(&read.encode(newest()).unwrap()), Ok(read));
+            }
+            Ok(())
+        });
+        run.unwrap();
+    }
+}
+
+/// A direction is a byte at the same place in both versions; version 1 knows two.
+#[test]
+fn a_way_that_a_version_does_not_have_is_refused() {
+    for (version, known) in arbitrary::versions().zip([2, 3]) {
+        let (shard, generation, birth) = (ShardId(0), Generation(1), Birth::from_random(1));
+        let key = one(arbitrary::key());
+        let header = |direction| {
+            let header =
+                BlocksHeader { shard, generation, key: key.clone(), birth, blocks: Vec::new(), direction };
+            header.encode(version).unwrap().payload
+        };
+        let (push, pull) = (header(Direction::Push), header(Direction::Pull));
+        let at = (0..push.len()).find(|at| push[*at] != pull[*at]).unwrap();
+        for way in 0..=u8::MAX {
+            let mut payload = push.to_vec();
+            payload[at] = way;
+            let read = BlocksHeader::decode(&Frame { kind: kinds::BLOCKS_HEADER, payload: payload.into() });
+            assert_eq!(read.is_ok(), way < known, "version {version}, way {way}: {read:?}");
+        }
+    }
+}
+
+#[test]
 fn headers_have_their_limits() {
     let (key, block) = (one(arbitrary::key()), one(arbitrary::block(1)));
     let (shard, generation, birth) = (ShardId(0), Generation(1), Birth::from_random(1));
@@ -246,17 +312,17 @@ fn headers_have_their_limits() {
         blocks: vec![block; BLOCKS_MAX],
         direction,
     };
-    assert_eq!(BlocksHeader::decode(&header.encode().unwrap()).unwrap().bytes(), BLOCKS_MAX as u64);
+    assert_eq!(BlocksHeader::decode(&header.encode(newest()).unwrap()).unwrap().bytes(), BLOCKS_MAX as u64);
     header.blocks.push(block);
-    assert_eq!(header.encode().unwrap_err().what, "blocks");
+    assert_eq!(too_long(header.encode(newest()).unwrap_err()).what, "blocks");
     for length in [0, u32::MAX] {
         header.blocks = vec![keepwarm_core::session::BlockRef { length, instance: InstanceId(1), ..block }];
-        let error = BlocksHeader::decode(&header.encode().unwrap()).unwrap_err();
+        let error = BlocksHeader::decode(&header.encode(newest()).unwrap()).unwrap_err();
         assert!(error.to_string().starts_with("blocks.length: "), "{error}");
     }
     let request_id = "x".repeat(REQUEST_ID_BYTES_MAX + 1);
     let relay = RelayHeader { tenant: key.tenant, admin: false, request_id, hops: 1 };
-    assert_eq!(relay.encode().unwrap_err().what, "relay.request_id");
+    assert_eq!(too_long(relay.encode(newest()).unwrap_err()).what, "relay.request_id");
     let registry = RegistryFrame(vec![0; REGISTRY_BYTES_MAX + 1].into());
     assert_eq!(registry.encode().unwrap_err().what, "registry");
 }

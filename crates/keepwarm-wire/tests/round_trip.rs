@@ -11,11 +11,16 @@ use keepwarm_core::shard::Record;
 use keepwarm_types::{Generation, InstanceId, ShardId};
 use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
 use keepwarm_wire::control::{RegistryFrame, RelayHeader};
-use keepwarm_wire::{Frame, LayoutCache, envelope, kinds};
+use keepwarm_wire::{EncodeError, Frame, LayoutCache, envelope, kinds};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
+
+/// The version that a payload says it has.
+fn said(frame: &Frame) -> u16 {
+    u16::from_le_bytes([frame.payload[0], frame.payload[1]])
+}
 
 /// The same frame with its payload at an address that is `by` beyond an aligned one.
 fn shifted(frame: &Frame, by: usize) -> Frame {
@@ -46,11 +51,11 @@ fn every_kind_of_message_comes_back_as_it_was_at_any_address() {
     for message in arbitrary::messages() {
         let mut runner =
             TestRunner::new(Config { cases: 64, failure_persistence: None, ..Config::default() });
-        let strategy = (arbitrary::around(message), 0..8usize);
+        let strategy = (arbitrary::around(message), 0..8usize, arbitrary::version());
         runner
-            .run(&strategy, |(sent, by)| {
-                let frame = envelope::encode(&sent).unwrap();
-                prop_assert_eq!(frame.kind, kinds::ENVELOPE);
+            .run(&strategy, |(sent, by, version)| {
+                let frame = envelope::encode(&sent, version).unwrap();
+                prop_assert_eq!((frame.kind, said(&frame)), (kinds::ENVELOPE, version.number()));
                 let came = envelope::decode(&shifted(&frame, by), &layouts).unwrap();
                 prop_assert_eq!(came, sent);
                 Ok(())
@@ -63,10 +68,10 @@ proptest! {
     #![proptest_config(Config { cases: 64, ..Config::default() })]
 
     #[test]
-    fn sessions_of_one_layout_share_it(sent in arbitrary::envelope()) {
+    fn sessions_of_one_layout_share_it(sent in arbitrary::envelope(), version in arbitrary::version()) {
         let Some(named) = manifest(&sent) else { return Ok(()) };
         let layouts = LayoutCache::new();
-        let frame = envelope::encode(&sent).unwrap();
+        let frame = envelope::encode(&sent, version).unwrap();
         let [one, two] = [(); 2].map(|()| envelope::decode(&frame, &layouts).unwrap());
         let layout = |came: &Envelope| Arc::clone(&manifest(came).unwrap().layout);
         prop_assert!(Arc::ptr_eq(&layout(&one), &layout(&two)));
@@ -77,28 +82,42 @@ proptest! {
     fn block_headers_come_back_as_they_were(
         (shard, generation, key, birth) in (0..65_536u32, 0..1u64 << 40, arbitrary::key(), arbitrary::birth()),
         blocks in vec(arbitrary::block(BLOCK_BYTES_MAX), 0..200),
-        pull in any::<bool>(),
+        direction in prop_oneof![Just(Direction::Push), Just(Direction::Pull), Just(Direction::Spare)],
+        version in arbitrary::version(),
     ) {
-        let direction = if pull { Direction::Pull } else { Direction::Push };
         let (shard, generation) = (ShardId(shard), Generation(generation));
         let header = BlocksHeader { shard, generation, key, birth, blocks, direction };
-        prop_assert_eq!(BlocksHeader::decode(&header.encode().unwrap()), Ok(header));
+        let frame = header.encode(version);
+        if direction == Direction::Spare && version.number() == 1 {
+            let what = "a push into room to spare";
+            prop_assert_eq!(frame, Err(EncodeError::Unsayable { what, version, since: 2 }));
+            return Ok(());
+        }
+        let frame = frame.unwrap();
+        prop_assert_eq!(said(&frame), version.number());
+        prop_assert_eq!(BlocksHeader::decode(&frame), Ok(header));
     }
 
     #[test]
     fn relay_headers_come_back_as_they_were(
         key in arbitrary::key(), admin in any::<bool>(), request_id in "\\PC{0,40}", hops in any::<u8>(),
+        version in arbitrary::version(),
     ) {
         let header = RelayHeader { tenant: key.tenant, admin, request_id, hops };
-        prop_assert_eq!(RelayHeader::decode(&header.encode().unwrap()), Ok(header));
+        let frame = header.encode(version).unwrap();
+        prop_assert_eq!(said(&frame), version.number());
+        prop_assert_eq!(RelayHeader::decode(&frame), Ok(header));
     }
 }
 
 #[test]
 fn answers_and_registry_messages_come_back_as_they_were() {
     let damaged = BlocksAnswer::Damaged(InstanceId(u64::MAX));
-    for answer in [BlocksAnswer::Taken, BlocksAnswer::NoRoom, BlocksAnswer::Gone, damaged] {
-        assert_eq!(BlocksAnswer::decode(&answer.encode().unwrap()), Ok(answer));
+    for version in arbitrary::versions() {
+        for answer in [BlocksAnswer::Taken, BlocksAnswer::NoRoom, BlocksAnswer::Gone, damaged] {
+            let frame = answer.encode(version).unwrap();
+            assert_eq!((said(&frame), BlocksAnswer::decode(&frame)), (version.number(), Ok(answer)));
+        }
     }
     let message = RegistryFrame(Bytes::from_static(b"vote"));
     assert_eq!(RegistryFrame::decode(message.clone().encode().unwrap()), Ok(message));

@@ -13,8 +13,8 @@ use keepwarm_core::session::BlockRef;
 use keepwarm_memory::{Block, BlockHasher, BlockMut, CHUNK_BYTES};
 use keepwarm_transport::{ByteStream, Class, LinkError};
 use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, Tier};
-use keepwarm_wire::Frame;
 use keepwarm_wire::blocks::{BLOCKS_MAX, BlocksAnswer, BlocksHeader, Direction};
+use keepwarm_wire::{EncodeError, Frame, Version};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -35,6 +35,12 @@ const READ_BYTES: usize = 256 << 10;
 fn unreachable_by(error: &LinkError) -> CopyFailed {
     tracing::debug!(%error, "blocks did not get through");
     CopyFailed::Unreachable
+}
+
+/// A batch that cannot be asked for, or not of a peer of this version: it is as if there were no room for it.
+fn unsent(error: &EncodeError) -> CopyFailed {
+    tracing::debug!(%error, "a batch of blocks was not sent");
+    CopyFailed::NoRoom
 }
 
 impl Cluster {
@@ -66,7 +72,8 @@ impl Cluster {
         let refs = blocks.iter().map(crate::write::block_ref).collect();
         let header = self.header(generation, key, birth, refs, Direction::Push);
         let work = async {
-            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
+            let version = self.transport.version(&to.node).ok_or(CopyFailed::Unreachable)?;
+            let header = header.encode(version).map_err(|error| unsent(&error))?;
             let opened = self.transport.open(&to.node, Class::Checkpoint, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             let sent = send_blocks(&mut stream, key, birth, &blocks).await;
@@ -120,7 +127,8 @@ impl Cluster {
             let room = handle.reserve_pinned(&owner, Pool::Restore, sizes(&blocks)).await;
             let room = room.map_err(|error| no_room(&error))?;
             let header = self.header(generation, key, birth, blocks.clone(), Direction::Pull);
-            let header = header.encode().map_err(|_| CopyFailed::NoRoom)?;
+            let version = self.transport.version(&from.node).ok_or(CopyFailed::Unreachable)?;
+            let header = header.encode(version).map_err(|error| unsent(&error))?;
             let opened = self.transport.open(&from.node, Class::Restore, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             stream.finish();
@@ -174,7 +182,7 @@ fn batches<T>(blocks: Vec<T>, length: impl Fn(&T) -> u64, most: usize, bytes_mos
 pub(super) async fn serve(handle: Handle, header: BlocksHeader, mut stream: ByteStream) {
     let served = timeout(BATCH_DEADLINE, async {
         match header.direction {
-            Direction::Push => take(&handle, header, &mut stream).await,
+            Direction::Push | Direction::Spare => take(&handle, header, &mut stream).await,
             Direction::Pull => lend(&handle, header, &mut stream).await,
         }
     });
@@ -202,7 +210,8 @@ async fn take(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) ->
             Err(Received::Broken(error)) => return Err(error),
         },
     };
-    stream.write_frame(&encoded(&answer)?).await?;
+    let answer = encoded(&answer, stream.version())?;
+    stream.write_frame(&answer).await?;
     stream.finish();
     Ok(())
 }
@@ -225,11 +234,11 @@ async fn lend(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) ->
         .is_ok_and(|shard| shard.cast(ShardMsg::Lend(header.blocks, header.birth, reply)).is_ok());
     let guards = if asked { lent.await.ok().flatten() } else { None };
     let Some(guards) = guards else {
-        stream.write_frame(&encoded(&BlocksAnswer::Gone)?).await?;
+        stream.write_frame(&encoded(&BlocksAnswer::Gone, stream.version())?).await?;
         stream.finish();
         return Ok(());
     };
-    stream.write_frame(&encoded(&BlocksAnswer::Taken)?).await?;
+    stream.write_frame(&encoded(&BlocksAnswer::Taken, stream.version())?).await?;
     send_blocks(stream, &header.key, header.birth, &guards).await
 }
 
@@ -289,8 +298,8 @@ async fn receive(
     Ok(blocks)
 }
 
-fn encoded(answer: &BlocksAnswer) -> Result<Frame, LinkError> {
-    answer.encode().map_err(|error| LinkError::Closed(error.to_string()))
+fn encoded(answer: &BlocksAnswer, version: Version) -> Result<Frame, LinkError> {
+    answer.encode(version).map_err(|error| LinkError::Closed(error.to_string()))
 }
 
 async fn read_answer(stream: &mut ByteStream) -> Result<BlocksAnswer, LinkError> {

@@ -22,8 +22,8 @@ pub(super) async fn run(
 ) {
     while let Some(event) = incoming.recv().await {
         match event {
-            Incoming::Up(peer) => {
-                tracing::info!(node = %peer.node, "a peer is up");
+            Incoming::Up(peer, version) => {
+                tracing::info!(node = %peer.node, %version, "a peer is up");
                 if let Some(cluster) = cluster.get() {
                     linked(cluster, &peer.node);
                 }
@@ -37,7 +37,7 @@ pub(super) async fn run(
             Incoming::Call { from, request, answer, .. } if request.kind == kinds::REGISTRY => {
                 let registry = registry.clone();
                 tokio::spawn(async move {
-                    let payload = registry.handle(&from.node, request.payload).await;
+                    let payload = registry.handle(&from.node, answer.version(), request.payload).await;
                     answer.send(Frame { kind: kinds::REGISTRY, payload });
                 });
             }

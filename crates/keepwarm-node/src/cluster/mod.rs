@@ -109,7 +109,11 @@ impl Cluster {
     /// Tells another node's replica. What cannot be sent is lost; the core sends it again.
     pub(crate) fn say(&self, envelope: Envelope) {
         let to = envelope.to.node.clone();
-        let frame = match keepwarm_wire::envelope::encode(&envelope) {
+        let Some(version) = self.transport.version(&to) else {
+            tracing::trace!(%to, "a message was not sent: the node is not connected");
+            return;
+        };
+        let frame = match keepwarm_wire::envelope::encode(&envelope, version) {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::error!(%to, %error, "a message between replicas cannot be encoded");

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use keepwarm_transport::{ByteStream, Class};
+use keepwarm_transport::{ByteStream, Class, LinkError};
 use keepwarm_types::{Millis, NodeName, TenantName};
 use keepwarm_wire::control::RelayHeader;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -88,11 +88,13 @@ impl Cluster {
             request_id: caller.request_id.clone(),
             hops: 1,
         };
-        let frame = header.encode().map_err(|error| Error::Internal(error.to_string()))?;
         let unreachable = |why: String| Error::Unavailable {
             reason: format!("node '{to}', which owns it, cannot be reached: {why}"),
             retry_after: RETRY_AFTER,
         };
+        let version = self.transport.version(to).ok_or_else(|| LinkError::NotConnected(to.clone()));
+        let version = version.map_err(|error| unreachable(error.to_string()))?;
+        let frame = header.encode(version).map_err(|error| Error::Internal(error.to_string()))?;
         match timeout(OPEN_DEADLINE, self.transport.open(to, Class::Relay, frame)).await {
             Ok(Ok(stream)) => Ok(RelayStream::new(stream)),
             Ok(Err(error)) => Err(unreachable(error.to_string())),

@@ -18,7 +18,7 @@ use keepwarm_transport::certificate::TlsPaths;
 use keepwarm_transport::quic::{PathKind, QuicError, QuicSettings, QuicTransport, TlsMaterial};
 use keepwarm_transport::{Class, Frame, LinkError, PeerId, Sockets, Transport};
 use keepwarm_types::{Incarnation, Millis, NodeName};
-use keepwarm_wire::{LayoutCache, kinds};
+use keepwarm_wire::{LayoutCache, Version, Versions, kinds};
 use tokio::sync::{mpsc, watch as tokio_watch};
 
 use super::{Cluster, IncomingRelay, inbound, watch};
@@ -110,7 +110,8 @@ pub(crate) async fn join(
     let tls = files.clone().map_or(TlsMaterial::LoopbackOnly, TlsMaterial::Files);
     // Links tell starts apart before the registry has given this one its number: by when they began.
     let local = PeerId { node: node.name.clone(), incarnation: Incarnation(now().0) };
-    let settings = QuicSettings { local, cluster: config.name.clone(), cluster_id, listen, tls };
+    let (cluster, versions) = (config.name.clone(), Versions::ALL);
+    let settings = QuicSettings { local, cluster, cluster_id, listen, tls, versions };
     let started = QuicTransport::start_over(settings, PathKind::Auto, sockets);
     let (transport, incoming) =
         started.map_err(|cause| JoinError::Links { node: node.name.clone(), cause })?;
@@ -218,6 +219,10 @@ fn detector(config: &Config) -> DetectorSettings {
 struct OverLinks(Arc<dyn Transport>);
 
 impl RegistryLink for OverLinks {
+    fn version(&self, to: &NodeName) -> Option<Version> {
+        self.0.version(to)
+    }
+
     fn call(
         &self,
         to: &NodeName,

@@ -107,20 +107,40 @@ fn line(name: &str, bytes: &[u8]) -> String {
     format!("{name} {hex}")
 }
 
-#[test]
-fn version_1_is_written_byte_for_byte_as_it_was() {
-    let requests = requests().into_iter().map(|(name, request)| line(&name, &request.encode(CLUSTER)));
-    let answers = answers().into_iter().map(|(name, answer)| line(&name, &answer.encode(CLUSTER)));
-    let written: Vec<_> = requests.chain(answers).collect();
-    assert_eq!(written, KEPT.lines().collect::<Vec<_>>());
+/// Every message in a version, as lines.
+fn written(version: Version) -> Vec<String> {
+    let requests =
+        requests().into_iter().map(|(name, request)| line(&name, &request.encode(CLUSTER, version)));
+    let answers = answers().into_iter().map(|(name, answer)| line(&name, &answer.encode(CLUSTER, version)));
+    requests.chain(answers).collect()
 }
 
 #[test]
-fn version_1_is_read_as_it_was_meant() {
-    for (name, meant) in requests() {
-        assert_eq!(Request::decode(CLUSTER, &kept(&name)), Ok(meant), "{name}");
-    }
-    for (name, meant) in answers() {
-        assert_eq!(Answer::decode(CLUSTER, &kept(&name)), Ok(meant), "{name}");
+fn version_1_is_written_byte_for_byte_as_it_was() {
+    let one = versions().find(|version| version.number() == 1).unwrap();
+    assert_eq!(written(one), KEPT.lines().collect::<Vec<_>>());
+}
+
+#[test]
+fn version_2_is_version_1_but_for_its_number() {
+    let two = versions().find(|version| version.number() == 2).unwrap();
+    let renumbered: Vec<_> = KEPT.lines().map(|line| line.replacen(" 0100", " 0200", 1)).collect();
+    assert_eq!(written(two), renumbered);
+}
+
+#[test]
+fn both_versions_are_read_as_they_were_meant() {
+    for number in [1, 2] {
+        let kept = |name: &str| {
+            let mut bytes = kept(name);
+            bytes[0] = number;
+            bytes
+        };
+        for (name, meant) in requests() {
+            assert_eq!(Request::decode(CLUSTER, &kept(&name)), Ok(meant), "{name}");
+        }
+        for (name, meant) in answers() {
+            assert_eq!(Answer::decode(CLUSTER, &kept(&name)), Ok(meant), "{name}");
+        }
     }
 }

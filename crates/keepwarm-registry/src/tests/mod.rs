@@ -9,6 +9,7 @@ use keepwarm_core::registry::{
     Change, Entry, Refused, Registration, Registry, RegistrySettings, Response, plan,
 };
 use keepwarm_types::{Generation, Incarnation, NodeName, ShardCount, ShardId, Timestamp};
+use keepwarm_wire::{Version, Versions};
 use openraft::testing::{StoreBuilder, Suite};
 use proptest::prelude::{any, prop, proptest};
 use tempfile::TempDir;
@@ -20,6 +21,13 @@ use crate::log_store::LogStore;
 use crate::machine::{Machine, registry_from, snapshot_bytes};
 use crate::raft_types::{StorageError, TypeConfig};
 use crate::wire::{Answer, Request};
+
+/// Every version that is spoken.
+fn versions() -> impl Iterator<Item = Version> + Clone {
+    let only = |number| Versions { oldest: number, newest: number };
+    (Versions::ALL.oldest..=Versions::ALL.newest)
+        .map(move |number| Versions::ALL.common(only(number)).unwrap())
+}
 
 fn settings() -> RegistrySettings {
     RegistrySettings { shards: ShardCount::new(16).unwrap(), replication: 2 }
@@ -113,16 +121,20 @@ fn responses() -> Vec<Response> {
 
 #[test]
 fn entries_and_answers_survive_the_wire() {
-    for entry in entries() {
+    for (entry, version) in
+        entries().into_iter().flat_map(|entry| versions().map(move |v| (entry.clone(), v)))
+    {
         let request = Request::Propose { entry: (&entry).into(), wait_ms: 7 };
-        let Ok(Request::Propose { entry: back, .. }) = Request::decode(1, &request.encode(1)) else {
+        let Ok(Request::Propose { entry: back, .. }) = Request::decode(1, &request.encode(1, version)) else {
             panic!("another request")
         };
         assert_eq!(Entry::try_from(back), Ok(entry));
     }
-    for response in responses() {
+    for (response, version) in
+        responses().into_iter().flat_map(|response| versions().map(move |v| (response.clone(), v)))
+    {
         let answer = Answer::Applied(RawResponse::from(&response));
-        let Ok(Answer::Applied(back)) = Answer::decode(1, &answer.encode(1)) else {
+        let Ok(Answer::Applied(back)) = Answer::decode(1, &answer.encode(1, version)) else {
             panic!("another answer")
         };
         assert_eq!(Response::try_from(back), Ok(response));
@@ -131,11 +143,16 @@ fn entries_and_answers_survive_the_wire() {
 
 #[test]
 fn another_cluster_and_another_version_are_named() {
-    let bytes = Request::Probe.encode(1);
-    assert!(Request::decode(2, &bytes).unwrap_err().0.contains("cluster"));
-    let mut newer = bytes.to_vec();
-    newer[0] = 9;
-    assert!(Request::decode(1, &newer).unwrap_err().0.contains("version 9"));
+    for version in versions() {
+        let bytes = Request::Probe.encode(1, version);
+        assert!(Request::decode(2, &bytes).unwrap_err().0.contains("cluster"));
+        for beyond in [Versions::ALL.oldest - 1, Versions::ALL.newest + 1] {
+            let mut other = bytes.to_vec();
+            other[..2].copy_from_slice(&beyond.to_le_bytes());
+            let said = Request::decode(1, &other).unwrap_err().0;
+            assert!(said.contains(&format!("version {beyond}, this node reads {}", Versions::ALL)), "{said}");
+        }
+    }
 }
 
 #[test]
@@ -160,11 +177,16 @@ fn a_registry_is_the_same_after_a_snapshot() {
 
 proptest! {
     #[test]
-    fn decoders_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), flip in 0usize..400, bit in 0u8..8) {
+    fn decoders_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), said in 0..4u16, flip in 0usize..400, bit in 0u8..8) {
+        // Zero: the noise itself says which version and which cluster.
+        if said > 0 && bytes.len() > 18 {
+            bytes[..2].copy_from_slice(&said.to_le_bytes());
+            bytes[2..18].copy_from_slice(&1_u128.to_le_bytes());
+        }
         let _ = Request::decode(1, &bytes);
         let _ = Answer::decode(1, &bytes);
-        for entry in entries() {
-            let mut bytes = Request::Propose { entry: RawEntry::from(&entry), wait_ms: 0 }.encode(1).to_vec();
+        for (entry, version) in entries().into_iter().zip(versions().cycle()) {
+            let mut bytes = Request::Propose { entry: RawEntry::from(&entry), wait_ms: 0 }.encode(1, version).to_vec();
             let at = flip % bytes.len();
             bytes[at] ^= 1 << bit;
             if let Ok(Request::Propose { entry, .. }) = Request::decode(1, &bytes) {

@@ -14,6 +14,7 @@ use keepwarm_registry::{
     Bootstrap, RegistryHandle, RegistryLink, RegistryLinkError, RegistryNode, Settings, Timers,
 };
 use keepwarm_types::{Incarnation, Millis, NodeName, ShardCount};
+use keepwarm_wire::{Version, Versions};
 use uuid::Uuid;
 
 pub const CLUSTER: u128 = 0xfeed;
@@ -28,6 +29,10 @@ pub fn name(n: u16) -> NodeName {
 pub struct Net {
     nodes: Mutex<BTreeMap<NodeName, RegistryHandle>>,
     cut: Mutex<BTreeSet<(NodeName, NodeName)>>,
+    /// What nodes speak that do not speak all versions. A process keeps what it began with.
+    spoken: Mutex<BTreeMap<NodeName, Versions>>,
+    /// Requests that were answered, by the version that they and their answers had.
+    carried: Mutex<BTreeMap<(u16, u16), u64>>,
 }
 
 struct Link {
@@ -36,6 +41,10 @@ struct Link {
 }
 
 impl RegistryLink for Link {
+    fn version(&self, to: &NodeName) -> Option<Version> {
+        self.net.version(&self.from, to)
+    }
+
     fn call(
         &self,
         to: &NodeName,
@@ -49,8 +58,11 @@ impl RegistryLink for Link {
                 tokio::time::sleep_until(until).await;
                 return Err(RegistryLinkError::Deadline(to));
             }
-            let Some(handle) = self.net.get(&to) else { return Err(RegistryLinkError::Unreachable(to)) };
-            let answer = tokio::time::timeout_at(until, handle.handle(&self.from, request)).await;
+            let (Some(handle), Some(version)) = (self.net.get(&to), self.version(&to)) else {
+                return Err(RegistryLinkError::Unreachable(to));
+            };
+            let asked = said(&request);
+            let answer = tokio::time::timeout_at(until, handle.handle(&self.from, version, request)).await;
             if self.net.is_cut(&to, &self.from) {
                 tokio::time::sleep_until(until).await;
                 return Err(RegistryLinkError::Deadline(to));
@@ -58,12 +70,24 @@ impl RegistryLink for Link {
             if self.net.get(&to).is_none() {
                 return Err(RegistryLinkError::Lost(to));
             }
-            answer.map_err(|_| RegistryLinkError::Deadline(to))
+            let answer = answer.map_err(|_| RegistryLinkError::Deadline(to))?;
+            *self.net.carried.lock().unwrap().entry((asked, said(&answer))).or_default() += 1;
+            Ok(answer)
         })
     }
 }
 
+/// The version that a message says it has.
+fn said(message: &[u8]) -> u16 {
+    u16::from_le_bytes([message[0], message[1]])
+}
+
 impl Net {
+    /// Takes what was carried since the last time.
+    pub fn carried(&self) -> BTreeMap<(u16, u16), u64> {
+        std::mem::take(&mut *self.carried.lock().unwrap())
+    }
+
     fn is_cut(&self, from: &NodeName, to: &NodeName) -> bool {
         self.cut.lock().unwrap().contains(&(from.clone(), to.clone()))
     }
@@ -74,6 +98,18 @@ impl Net {
 
     pub fn link(self: &Arc<Self>, from: NodeName) -> Arc<dyn RegistryLink> {
         Arc::new(Link { net: Arc::clone(self), from })
+    }
+
+    /// What two nodes speak with each other.
+    fn version(&self, a: &NodeName, b: &NodeName) -> Option<Version> {
+        let spoken = self.spoken.lock().unwrap();
+        let of = |node| spoken.get(node).copied().unwrap_or_default();
+        of(a).common(of(b)).ok()
+    }
+
+    /// From now on a node speaks these.
+    pub fn speaks(&self, node: &NodeName, versions: Versions) {
+        self.spoken.lock().unwrap().insert(node.clone(), versions);
     }
 
     /// Cuts a node off from all others, both ways.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
-use keepwarm_wire::{Frame, HEADER_BYTES, decode_header, encode_frame};
+use keepwarm_wire::{Frame, HEADER_BYTES, Version, decode_header, encode_frame};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -46,10 +46,10 @@ pub(super) async fn run(shared: &Arc<Shared>, up: Up) -> String {
         .get(&up.id.node)
         .map(|peer| (Arc::clone(&peer.turn), Arc::clone(&peer.counts), Arc::clone(&peer.wake)));
     let Some((turn, counts, wake)) = known else { return "not a peer any more".to_owned() };
-    let Up { id, connection, window, .. } = up;
+    let Up { id, version, connection, window, .. } = up;
     let _turn = turn.lock_owned().await;
-    let _ = shared.incoming.send(Incoming::Up(id.clone())).await;
-    let streams = Streams { shared: Arc::clone(shared), id: id.clone(), counts, window };
+    let _ = shared.incoming.send(Incoming::Up(id.clone(), version)).await;
+    let streams = Streams { shared: Arc::clone(shared), id: id.clone(), version, counts, window };
     let mut tasks = JoinSet::new();
     tasks.spawn(accept_streams(streams.clone(), connection.clone()));
     tasks.spawn(accept_one_way(streams, connection.clone()));
@@ -71,6 +71,7 @@ pub(super) async fn run(shared: &Arc<Shared>, up: Up) -> String {
 struct Streams {
     shared: Arc<Shared>,
     id: PeerId,
+    version: Version,
     counts: Arc<Counts>,
     window: Arc<Window>,
 }
@@ -192,7 +193,7 @@ async fn accept_streams(streams: Streams, connection: Connection) {
 /// Reads what a stream is for, and hands it on.
 async fn opened(streams: &Streams, send: SendStream, receive: RecvStream) -> Result<(), LinkError> {
     let counts = Arc::clone(&streams.counts);
-    let mut stream = ByteStream::over_quic(send, receive, counts, Class::Rebalance, None);
+    let mut stream = ByteStream::over_quic(send, receive, counts, Class::Rebalance, streams.version);
     let mut first = [0; 2];
     stream.read_exact(&mut first).await?;
     let class = Class::from_number(first[1]).ok_or_else(|| closed("a stream of an unknown class"))?;
@@ -201,8 +202,9 @@ async fn opened(streams: &Streams, send: SendStream, receive: RecvStream) -> Res
     let from = streams.id.clone();
     match first[0] {
         CALL => {
-            let (answer, answered) = oneshot::channel();
-            let call = Incoming::Call { from, class, request: header, answer: Responder(answer) };
+            let (to, answered) = oneshot::channel();
+            let answer = Responder { to, version: streams.version };
+            let call = Incoming::Call { from, class, request: header, answer };
             streams.shared.incoming.send(call).await.map_err(|_| closed("the node stops"))?;
             tokio::spawn(answer_call(stream, answered));
             Ok(())
@@ -245,7 +247,8 @@ pub(super) async fn open(
     let mut first = BytesMut::with_capacity(2 + frame.len());
     first.put_slice(&[kind, class.number()]);
     first.put_slice(&frame);
-    let mut stream = ByteStream::over_quic(send, receive, counts, class, kept);
+    let mut stream = ByteStream::over_quic(send, receive, counts, class, up.version);
+    stream.keep(kept);
     stream.write_chunk(first.freeze()).await?;
     Ok(stream)
 }

@@ -178,6 +178,8 @@ impl Drop for Share {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use keepwarm_wire::Versions;
+
     use super::*;
     use crate::link::PeerId;
     use crate::quic::{QuicTransport, TlsMaterial};
@@ -186,9 +188,9 @@ mod tests {
     fn side() -> (Endpoint, quinn::ClientConfig) {
         let local = PeerId { node: "a".parse().unwrap(), incarnation: keepwarm_types::Incarnation(1) };
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let tls = TlsMaterial::LoopbackOnly;
-        QuicTransport::bare(&QuicSettings { local, cluster: "t".to_owned(), cluster_id: 1, listen, tls })
-            .unwrap()
+        let (tls, versions) = (TlsMaterial::LoopbackOnly, Versions::ALL);
+        let cluster = "t".to_owned();
+        QuicTransport::bare(&QuicSettings { local, cluster, cluster_id: 1, listen, tls, versions }).unwrap()
     }
 
     #[tokio::test]

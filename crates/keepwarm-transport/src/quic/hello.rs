@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keepwarm_types::NodeName;
-use keepwarm_wire::{Frame, Hello, HelloAnswer, encode_frame};
+use keepwarm_wire::{Frame, Hello, HelloAnswer, Version, encode_frame};
 use quinn::{Connection, ConnectionError, VarInt};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{Semaphore, mpsc};
@@ -87,7 +87,8 @@ fn because(connection: &Connection, error: impl Display) -> String {
 fn hello(shared: &Shared) -> Hello {
     let settings = &shared.settings;
     let PeerId { node, incarnation } = settings.local.clone();
-    Hello::new(settings.cluster.clone(), settings.cluster_id, node, incarnation)
+    let (cluster, cluster_id, versions) = (settings.cluster.clone(), settings.cluster_id, settings.versions);
+    Hello { cluster, cluster_id, node, incarnation, versions }
 }
 
 /// The node that a connection's certificate names; none where peers are who they say.
@@ -100,9 +101,10 @@ fn named(shared: &Shared, connection: &Connection) -> Result<Option<NodeName>, S
     shared.tls.named(chain.first().ok_or("it has shown no certificate")?).map(Some)
 }
 
-/// Compares what a peer says with what its certificate says and with what is known.
-fn check(shared: &Shared, connection: &Connection, said: &Hello) -> Result<PeerId, String> {
+/// Compares what a peer says with what its certificate says and with what is known: who it is, and what is spoken with it.
+fn check(shared: &Shared, connection: &Connection, said: &Hello) -> Result<(PeerId, Version), String> {
     let settings = &shared.settings;
+    let version = settings.versions.common(said.versions).map_err(|error| error.to_string())?;
     if said.cluster_id != settings.cluster_id || said.cluster != settings.cluster {
         return Err(format!(
             "it is of cluster '{}' ({:032x}), not of '{}' ({:032x}): compare the bootstrap files",
@@ -136,7 +138,7 @@ fn check(shared: &Shared, connection: &Connection, said: &Hello) -> Result<PeerI
             up.connection.remote_address()
         ));
     }
-    Ok(id)
+    Ok((id, version))
 }
 
 async fn send_frame(
@@ -166,16 +168,17 @@ async fn welcome(shared: &Shared, incoming: quinn::Incoming) -> Result<Option<Up
 async fn answer(shared: &Shared, connection: &Connection) -> Result<Option<Up>, String> {
     let (mut send, mut receive) = connection.accept_bi().await.map_err(|error| explained(&error))?;
     let frame = read_frame(&mut receive).await.map_err(|error| because(connection, error))?;
-    let checked =
-        Hello::read(&frame).map_err(|e| e.to_string()).and_then(|said| check(shared, connection, &said));
+    let said = Hello::read(&frame, shared.settings.versions).map_err(|error| error.to_string());
+    let checked = said.and_then(|said| check(shared, connection, &said));
     let answer = match &checked {
-        Ok(id) if id.node < shared.settings.local.node => HelloAnswer::Accepted(hello(shared)),
+        Ok((id, _)) if id.node < shared.settings.local.node => HelloAnswer::Accepted(hello(shared)),
         Ok(_) => HelloAnswer::WillDial,
         Err(why) => HelloAnswer::Refused(why.clone()),
     };
     let accepted = matches!(answer, HelloAnswer::Accepted(_));
     // Up before it is told: what it sends at once is a peer's. Where telling fails, the connection ends.
-    let up = checked.as_ref().ok().filter(|_| accepted).map(|id| established(shared, connection, id.clone()));
+    let welcome = checked.as_ref().ok().filter(|_| accepted);
+    let up = welcome.map(|(id, version)| established(shared, connection, id.clone(), *version));
     let told = send_frame(connection, &mut send, &answer.frame()).await;
     if let Some(up) = up {
         // Its end is told by whoever serves it.
@@ -183,7 +186,7 @@ async fn answer(shared: &Shared, connection: &Connection) -> Result<Option<Up>, 
     }
     told?;
     let _ = tokio::time::timeout(DIAL_DEADLINE, send.stopped()).await;
-    let id = checked?;
+    let (id, _) = checked?;
     connection.close(REFUSED, b"the other side dials");
     shown(shared, &id);
     Ok(None)
@@ -239,23 +242,25 @@ async fn greet(
     let (mut send, mut receive) = connection.open_bi().await.map_err(|error| explained(&error))?;
     send_frame(connection, &mut send, &hello(shared).frame()).await?;
     let answer = read_frame(&mut receive).await.map_err(|error| because(connection, error))?;
-    let said = match HelloAnswer::read(&answer).map_err(|error| error.to_string())? {
-        HelloAnswer::Accepted(said) => said,
-        HelloAnswer::WillDial => return Ok(None),
-        HelloAnswer::Refused(why) => return Err(format!("it refuses this node: {why}")),
-    };
-    let id = check(shared, connection, &said)?;
+    let said =
+        match HelloAnswer::read(&answer, shared.settings.versions).map_err(|error| error.to_string())? {
+            HelloAnswer::Accepted(said) => said,
+            HelloAnswer::WillDial => return Ok(None),
+            HelloAnswer::Refused(why) => return Err(format!("it refuses this node: {why}")),
+        };
+    let (id, version) = check(shared, connection, &said)?;
     if id.node != *node {
         return Err(format!("node '{}' answers at {address}: correct the spec", id.node));
     }
-    Ok(Some(established(shared, connection, id)))
+    Ok(Some(established(shared, connection, id, version)))
 }
 
 /// The peer is up on this connection; an earlier one of it ends.
-fn established(shared: &Shared, connection: &Connection, id: PeerId) -> Up {
+fn established(shared: &Shared, connection: &Connection, id: PeerId, version: Version) -> Up {
     let (queue, frames) = mpsc::channel(QUEUE_MAX);
     let up = Up {
         id: id.clone(),
+        version,
         connection: connection.clone(),
         queue,
         window: Window::new(connection.clone()),

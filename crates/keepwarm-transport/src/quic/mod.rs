@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use keepwarm_types::{Incarnation, NodeName};
-use keepwarm_wire::{FRAME_BYTES_MAX, Frame, FrameError};
+use keepwarm_wire::{FRAME_BYTES_MAX, Frame, FrameError, Version, Versions};
 use quinn::{Endpoint, VarInt};
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::AbortHandle;
@@ -53,6 +53,8 @@ pub struct QuicSettings {
     pub listen: SocketAddr,
     /// Which certificates to use.
     pub tls: TlsMaterial,
+    /// Which versions are spoken: [`Versions::ALL`], or fewer where a new one is taken up in steps.
+    pub versions: Versions,
 }
 
 /// Why links could not be started.
@@ -97,6 +99,7 @@ pub(crate) struct Peer {
 #[derive(Debug, Clone)]
 pub(crate) struct Up {
     pub(crate) id: PeerId,
+    pub(crate) version: Version,
     pub(crate) connection: quinn::Connection,
     pub(crate) queue: mpsc::Sender<Frame>,
     window: Arc<Window>,
@@ -242,6 +245,10 @@ impl Transport for QuicTransport {
         &self.shared.settings.local
     }
 
+    fn version(&self, peer: &NodeName) -> Option<Version> {
+        self.shared.peers().get(peer).and_then(|peer| peer.up.as_ref()).map(|up| up.version)
+    }
+
     fn send(&self, to: &NodeName, frame: Frame) -> Result<(), LinkError> {
         if frame.payload.len() > FRAME_BYTES_MAX {
             return Err(closed(FrameError::TooLong(frame.payload.len())));
@@ -337,6 +344,7 @@ impl Transport for QuicTransport {
             node: node.clone(),
             address: peer.address.clone(),
             up: peer.up.as_ref().map(|up| up.id.incarnation),
+            version: peer.up.as_ref().map(|up| up.version),
             reason: peer.reason.clone().filter(|_| peer.up.is_none()),
             rtt: peer.up.as_ref().map(|up| up.connection.rtt()),
             last_heard: peer.counts.heard(),

@@ -1,6 +1,8 @@
 //! What any form of links must do, whatever is below: each form runs all of it.
-#![allow(dead_code, reason = "not every file of tests runs the suite")]
+#![allow(dead_code, unused_imports, reason = "not every file of tests runs the suite")]
 #![allow(clippy::unwrap_used, clippy::result_large_err, reason = "a test may fail, and hands events back")]
+
+mod versions;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -10,16 +12,23 @@ use std::time::Duration;
 use bytes::Bytes;
 use keepwarm_transport::{ByteStream, Class, Frame, Incoming, LinkError, PeerId, Responder, Transport};
 use keepwarm_types::{Incarnation, NodeName};
+use keepwarm_wire::{Version, Versions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
+
+pub(crate) use versions::*;
 
 /// How long anything that should happen may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A form of links.
 pub(crate) trait Form {
-    /// A process joins, and knows nobody yet; says where it is reached.
-    fn join(&mut self, node: &str, incarnation: u64) -> (Node, String);
+    /// A process joins that speaks these versions, and knows nobody yet; says where it is reached.
+    fn join_speaking(&mut self, node: &str, incarnation: u64, versions: Versions) -> (Node, String);
+    /// A process joins that speaks all versions.
+    fn join(&mut self, node: &str, incarnation: u64) -> (Node, String) {
+        self.join_speaking(node, incarnation, Versions::ALL)
+    }
     /// The process is gone without a word.
     fn crash(&mut self, node: Node);
 }
@@ -68,8 +77,12 @@ impl Node {
     }
 
     pub(crate) async fn up(&mut self, peer: &str) -> PeerId {
+        self.up_speaking(peer).await.0
+    }
+
+    pub(crate) async fn up_speaking(&mut self, peer: &str) -> (PeerId, Version) {
         self.expect("Up", |event| match event {
-            Incoming::Up(id) if id.node.as_str() == peer => Ok(id),
+            Incoming::Up(id, version) if id.node.as_str() == peer => Ok((id, version)),
             other => Err(other),
         })
         .await
@@ -377,7 +390,10 @@ macro_rules! conformance {
             a_reset_is_an_error_and_no_end
             readers_that_stop_hold_up_nobody_else
             a_full_queue_refuses_and_an_unknown_peer_is_not_connected
-            a_crashed_peer_goes_down_and_comes_back_with_its_next_start);
+            a_crashed_peer_goes_down_and_comes_back_with_its_next_start
+            two_peers_speak_the_lower_of_their_newest
+            peers_that_are_too_far_apart_are_told_both_ranges
+            a_rolling_restart_takes_up_a_new_version_while_all_else_flows);
     };
     (@ $form:expr, $($test:ident)+) => {
         $(

@@ -15,10 +15,21 @@ use keepwarm_types::{
     Revision, SessionId, SessionKey, ShardId, Timestamp, Tokens, WriteId,
 };
 use keepwarm_wire::limits::{COUNT_MAX, INDEX_MAX};
+use keepwarm_wire::{VERSION, VERSION_OLDEST, Version, Versions};
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use uuid::Uuid;
+
+/// Every version that this build speaks, as a link to a peer of that version has it.
+pub(crate) fn versions() -> impl Iterator<Item = Version> {
+    let only = |number| Versions { oldest: number, newest: number };
+    (VERSION_OLDEST..=VERSION).map(move |number| Versions::ALL.common(only(number)).unwrap())
+}
+
+pub(crate) fn version() -> impl Strategy<Value = Version> {
+    proptest::sample::select(versions().collect::<Vec<_>>())
+}
 
 fn name() -> impl Strategy<Value = String> {
     "[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}"

@@ -195,7 +195,7 @@ pub(crate) fn headers() -> BTreeMap<&'static str, BlocksHeader> {
         blocks: vec![block(1), block(2)],
         direction,
     };
-    [("blocks-push", Direction::Push), ("blocks-pull", Direction::Pull)]
+    [("blocks-push", Direction::Push), ("blocks-pull", Direction::Pull), ("blocks-spare", Direction::Spare)]
         .map(|(name, direction)| (name, header(direction)))
         .into()
 }

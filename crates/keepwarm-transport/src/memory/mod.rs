@@ -3,22 +3,21 @@
 //! A [`Network`] joins the nodes of one process. Tests cut it, slow it, and crash nodes. As over QUIC, a cut loses
 //! nothing until silence has lasted long enough for the link to count as broken.
 
+mod transport;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
-use keepwarm_types::{Incarnation, NodeName};
-use keepwarm_wire::{Frame, encode_frame};
-use tokio::sync::{mpsc, oneshot, watch};
+use keepwarm_types::NodeName;
+use keepwarm_wire::{Frame, Version, Versions};
+use tokio::sync::{mpsc, watch};
 
-use crate::link::{Class, Incoming, LinkError, PeerId, PeerStatus, Responder, Transport, closed};
+use self::transport::MemoryTransport;
+use crate::link::{Class, Incoming, PeerId, Transport};
 use crate::pipe::Pipe;
 use crate::quic::{IDLE, INCOMING_MAX, QUEUE_MAX};
-use crate::stream::{ByteStream, Counts};
-
-/// Pipes of a session above which those that nobody uses any more are forgotten.
-const PIPES_SWEPT_AT: usize = 64;
+use crate::stream::Counts;
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -38,6 +37,7 @@ struct Known {
 #[derive(Debug)]
 struct Member {
     id: PeerId,
+    versions: Versions,
     incoming: mpsc::Sender<Incoming>,
     known: Mutex<BTreeMap<NodeName, Known>>,
     gone: Mutex<Option<String>>,
@@ -48,6 +48,7 @@ struct Member {
 struct Session {
     /// The one with the lower name, and the other.
     ends: [Arc<Member>; 2],
+    version: Version,
     queues: [mpsc::Sender<(tokio::time::Instant, Frame)>; 2],
     /// Each with the end that reads it.
     pipes: Mutex<Vec<(usize, Pipe)>>,
@@ -97,9 +98,19 @@ impl Network {
     /// called in a tokio runtime.
     #[must_use]
     pub fn join(&self, id: PeerId) -> (Arc<dyn Transport>, mpsc::Receiver<Incoming>) {
+        self.join_speaking(id, Versions::ALL)
+    }
+
+    /// [`Network::join`] of a process that speaks these versions.
+    #[must_use]
+    pub fn join_speaking(
+        &self,
+        id: PeerId,
+        versions: Versions,
+    ) -> (Arc<dyn Transport>, mpsc::Receiver<Incoming>) {
         let (incoming, receiver) = mpsc::channel(INCOMING_MAX);
-        let member =
-            Arc::new(Member { id: id.clone(), incoming, known: Mutex::default(), gone: Mutex::default() });
+        let (known, gone) = (Mutex::default(), Mutex::default());
+        let member = Arc::new(Member { id: id.clone(), versions, incoming, known, gone });
         {
             let mut state = locked(&self.0.state);
             let later = state.members.get(&id.node).map(|other| other.id.incarnation);
@@ -206,8 +217,9 @@ impl Inner {
         let mut state = locked(&self.state);
         for ends in state.unlinked() {
             let pair = (ends[0].id.node.clone(), ends[1].id.node.clone());
-            let session = self.link(ends);
-            state.sessions.insert(pair, session);
+            if let Some(version) = greet(&ends) {
+                state.sessions.insert(pair, self.link(ends, version));
+            }
         }
         for session in state.sessions.values() {
             for (reader, pipe) in &*locked(&session.pipes) {
@@ -219,7 +231,7 @@ impl Inner {
         self.changes.send_modify(|change| *change += 1);
     }
 
-    fn link(self: &Arc<Self>, ends: [Arc<Member>; 2]) -> Arc<Session> {
+    fn link(self: &Arc<Self>, ends: [Arc<Member>; 2], version: Version) -> Arc<Session> {
         let (to_first, first) = mpsc::channel(QUEUE_MAX);
         let (to_second, second) = mpsc::channel(QUEUE_MAX);
         for (end, other) in [(0, 1), (1, 0)] {
@@ -230,6 +242,7 @@ impl Inner {
         }
         let session = Arc::new(Session {
             ends,
+            version,
             queues: [to_first, to_second],
             pipes: Mutex::default(),
             over: watch::Sender::new(None),
@@ -265,6 +278,22 @@ impl Inner {
     }
 }
 
+/// What two ends speak; where they are too far apart each is told why.
+fn greet(ends: &[Arc<Member>; 2]) -> Option<Version> {
+    let mut spoken = None;
+    for (end, other) in [(0, 1), (1, 0)] {
+        match ends[end].versions.common(ends[other].versions) {
+            Ok(version) => spoken = Some(version),
+            Err(why) => {
+                if let Some(known) = locked(&ends[end].known).get_mut(&ends[other].id.node) {
+                    known.reason = Some(why.to_string());
+                }
+            }
+        }
+    }
+    spoken
+}
+
 /// Hands one end of a session what comes to it: that the other is up, its frames, that it is down.
 async fn deliver(
     inner: Arc<Inner>,
@@ -278,7 +307,7 @@ async fn deliver(
         .map(|known| (Arc::clone(&known.turn), Arc::clone(&known.counts)));
     let Some((turn, counts)) = heard else { return };
     let _turn = turn.lock().await;
-    if to.incoming.send(Incoming::Up(from.id.clone())).await.is_err() {
+    if to.incoming.send(Incoming::Up(from.id.clone(), session.version)).await.is_err() {
         return;
     }
     let frames = async {
@@ -339,242 +368,5 @@ async fn watch_silence(inner: Arc<Inner>, session: Arc<Session>) {
     tokio::select! {
         () = watching => {}
         _ = ended(&mut over) => {}
-    }
-}
-
-/// A node's end of a [`Network`].
-#[derive(Debug)]
-struct MemoryTransport {
-    member: Arc<Member>,
-    inner: Arc<Inner>,
-}
-
-impl Drop for MemoryTransport {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
-/// A way to a peer that is up.
-struct Way {
-    session: Arc<Session>,
-    /// The end that the peer is.
-    end: usize,
-    counts: Arc<Counts>,
-}
-
-impl Way {
-    fn there(&self) -> &Arc<Member> {
-        &self.session.ends[self.end]
-    }
-
-    /// What the peer counts this node's bytes in.
-    fn their_counts(&self, me: &NodeName) -> Arc<Counts> {
-        locked(&self.there().known).get(me).map(|known| Arc::clone(&known.counts)).unwrap_or_default()
-    }
-}
-
-impl MemoryTransport {
-    fn way(&self, node: &NodeName) -> Result<Way, LinkError> {
-        let me = &self.member.id.node;
-        let pair = if me < node { (me.clone(), node.clone()) } else { (node.clone(), me.clone()) };
-        let end = usize::from(me < node);
-        let state = locked(&self.inner.state);
-        let session = state.sessions.get(&pair).filter(|now| Arc::ptr_eq(&now.ends[1 - end], &self.member));
-        let not = || LinkError::NotConnected(node.clone());
-        let session = Arc::clone(session.filter(|_| locked(&self.member.gone).is_none()).ok_or_else(not)?);
-        let counts = locked(&self.member.known).get(node).map(|known| Arc::clone(&known.counts));
-        Ok(Way { session, end, counts: counts.ok_or_else(not)? })
-    }
-
-    async fn ask(&self, way: Way, class: Class, request: Frame) -> Result<Frame, LinkError> {
-        let there = Arc::clone(way.there());
-        let theirs = way.their_counts(&self.member.id.node);
-        encode_frame(&request).map_err(closed)?;
-        let bytes = request.payload.len();
-        let work = async {
-            way.counts.sent(class, bytes);
-            self.inner.travel(&self.member, &there).await;
-            theirs.received(class, bytes);
-            let (answer, answered) = oneshot::channel();
-            let from = self.member.id.clone();
-            let call = Incoming::Call { from, class, request, answer: Responder(answer) };
-            there.incoming.send(call).await.map_err(|_| closed("the node stops"))?;
-            let answer = answered.await.map_err(|_| closed("the call was not answered"))?;
-            encode_frame(&answer).map_err(closed)?;
-            theirs.sent(class, answer.payload.len());
-            self.inner.travel(&there, &self.member).await;
-            way.counts.received(class, answer.payload.len());
-            Ok(answer)
-        };
-        let mut over = way.session.over.subscribe();
-        tokio::select! {
-            done = work => done,
-            why = ended(&mut over) => Err(closed(why)),
-        }
-    }
-}
-
-impl Transport for MemoryTransport {
-    fn local(&self) -> &PeerId {
-        &self.member.id
-    }
-
-    fn send(&self, to: &NodeName, frame: Frame) -> Result<(), LinkError> {
-        encode_frame(&frame).map_err(closed)?;
-        let way = self.way(to)?;
-        let (delay, bytes) = (locked(&self.inner.state).delay, frame.payload.len());
-        way.session.queues[way.end].try_send((tokio::time::Instant::now() + delay, frame)).map_err(
-            |error| match error {
-                mpsc::error::TrySendError::Full(_) => LinkError::Full(to.clone()),
-                mpsc::error::TrySendError::Closed(_) => LinkError::NotConnected(to.clone()),
-            },
-        )?;
-        way.counts.sent(Class::Ownership, bytes);
-        Ok(())
-    }
-
-    fn call(
-        &self,
-        to: &NodeName,
-        class: Class,
-        request: Frame,
-        deadline: Duration,
-    ) -> BoxFuture<'_, Result<Frame, LinkError>> {
-        let (to, way) = (to.clone(), self.way(to));
-        Box::pin(async move {
-            match tokio::time::timeout(deadline, self.ask(way?, class, request)).await {
-                Ok(done) => done,
-                Err(_) => Err(LinkError::Deadline(to)),
-            }
-        })
-    }
-
-    fn open(
-        &self,
-        to: &NodeName,
-        class: Class,
-        header: Frame,
-    ) -> BoxFuture<'_, Result<ByteStream, LinkError>> {
-        let way = self.way(to);
-        Box::pin(async move {
-            let way = way?;
-            let (mine, theirs) = (Pipe::default(), Pipe::default());
-            {
-                let state = locked(&self.inner.state);
-                let mut pipes = locked(&way.session.pipes);
-                if pipes.len() >= PIPES_SWEPT_AT {
-                    pipes.retain(|(_, pipe)| !pipe.abandoned());
-                }
-                for (end, pipe) in [(1 - way.end, &mine), (way.end, &theirs)] {
-                    let (to, from) = (&way.session.ends[end], &way.session.ends[1 - end]);
-                    pipe.shape(!state.passes(from, to), state.delay);
-                    pipes.push((end, pipe.clone()));
-                }
-            }
-            let counts = Arc::clone(&way.counts);
-            let stream = ByteStream::in_memory(mine.clone(), theirs.clone(), counts, class, None);
-            let (inner, member) = (Arc::clone(&self.inner), Arc::clone(&self.member));
-            tokio::spawn(async move {
-                let there = Arc::clone(way.there());
-                let counts = way.their_counts(&member.id.node);
-                let stream = ByteStream::in_memory(theirs, mine, counts, class, None);
-                let arrive = async {
-                    inner.travel(&member, &there).await;
-                    let opened = Incoming::Stream { from: member.id.clone(), class, header, stream };
-                    let _ = there.incoming.send(opened).await;
-                };
-                let mut over = way.session.over.subscribe();
-                tokio::select! {
-                    () = arrive => {}
-                    _ = ended(&mut over) => {}
-                }
-            });
-            Ok(stream)
-        })
-    }
-
-    fn set_peers(&self, peers: Vec<(NodeName, String)>) {
-        let me = &self.member.id.node;
-        let wanted: BTreeMap<_, _> = peers.into_iter().filter(|(node, _)| node != me).collect();
-        {
-            let mut state = locked(&self.inner.state);
-            let known = locked(&self.member.known);
-            let stays = |node: &NodeName, known: &Known| wanted.get(node) == Some(&known.address);
-            let gone: Vec<_> = known.iter().filter(|(n, k)| !stays(n, k)).map(|(n, _)| n.clone()).collect();
-            drop(known);
-            for node in gone {
-                let pair = if *me < node { (me.clone(), node.clone()) } else { (node.clone(), me.clone()) };
-                state.end(&pair, "not a peer any more");
-                locked(&self.member.known).remove(&node);
-            }
-            let mut known = locked(&self.member.known);
-            for (node, address) in wanted {
-                known.entry(node).or_insert_with(|| Known {
-                    address,
-                    reason: Some("it was not reached yet".to_owned()),
-                    counts: Arc::default(),
-                    turn: Arc::default(),
-                });
-            }
-        }
-        self.inner.changed();
-    }
-
-    fn peers(&self) -> Vec<PeerStatus> {
-        // The state's lock is taken before a member's, never after.
-        let nodes: Vec<_> = locked(&self.member.known).keys().cloned().collect();
-        let ups: BTreeMap<NodeName, Incarnation> = nodes
-            .iter()
-            .filter_map(|node| Some((node.clone(), self.way(node).ok()?.there().id.incarnation)))
-            .collect();
-        let (delay, silent) = {
-            let state = locked(&self.inner.state);
-            let silent = |node: &&NodeName| {
-                state.members.get(*node).is_none_or(|there| !state.passes(there, &self.member))
-            };
-            (state.delay, nodes.iter().filter(silent).cloned().collect::<BTreeSet<_>>())
-        };
-        let gone = locked(&self.member.gone).clone();
-        let known = locked(&self.member.known);
-        let status = |(node, known): (&NodeName, &Known)| {
-            let up = ups.get(node).copied();
-            // Heartbeats are not played: while nothing is wrong, one would have just come.
-            if up.is_some() && !silent.contains(node) {
-                known.counts.hear();
-            }
-            PeerStatus {
-                node: node.clone(),
-                address: known.address.clone(),
-                up,
-                reason: up.is_none().then(|| gone.clone().or_else(|| known.reason.clone())).flatten(),
-                rtt: up.map(|_| delay * 2),
-                last_heard: known.counts.heard(),
-                bytes: known.counts.bytes(),
-            }
-        };
-        known.iter().map(status).collect()
-    }
-
-    fn disconnect(&self, node: &NodeName) {
-        let me = &self.member.id.node;
-        let pair = if me < node { (me.clone(), node.clone()) } else { (node.clone(), me.clone()) };
-        if self.way(node).is_ok() {
-            locked(&self.inner.state).end(&pair, "taken for gone");
-        }
-        self.inner.changed();
-    }
-
-    fn close(&self) {
-        let node = &self.member.id.node;
-        {
-            let mut state = locked(&self.inner.state);
-            if state.members.get(node).is_some_and(|now| Arc::ptr_eq(now, &self.member)) {
-                state.members.remove(node);
-                state.end_of(node, "the node stops");
-            }
-            *locked(&self.member.gone) = Some("the node stops".to_owned());
-        }
-        self.inner.changed();
     }
 }
