@@ -55,6 +55,19 @@ impl Room {
         self.try_serve(now, want, 0)
     }
 
+    /// Serves a want from what is free, or refuses it: nobody leaves for it.
+    pub(crate) fn at_once(&self, want: Want) {
+        let (figures, bytes) = (self.arena.figures(), want.bytes());
+        let fits = figures.used + bytes + want.kept <= figures.reserved;
+        let blocks = if fits {
+            allocate(&self.arena, &want.owner, &want.sizes).map_err(|error| error.to_string())
+        } else {
+            Err("there is none to spare".to_owned())
+        };
+        let refused = |reason: String| self.no_capacity(bytes, &reason, Millis(1000));
+        let _ = want.reply.send(blocks.map_err(refused));
+    }
+
     /// Feeds the residency and answers whoever it grants or denies; evictions are the caller's to carry out.
     pub(crate) fn on(&mut self, now: Timestamp, event: ResidencyEvent) -> Vec<ResidencyCommand> {
         let mut evictions = Vec::new();

@@ -1,7 +1,7 @@
 //! What goes wrong, when, and how it ends.
 
 use keepwarm_core::registry::Entry;
-use keepwarm_core::replica::{Envelope, Message, ReplicaEvent, Role};
+use keepwarm_core::replica::ReplicaEvent;
 use keepwarm_types::ShardId;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -14,6 +14,8 @@ use super::world::{Happening, Local, World};
 pub const FAULTS_MS: u64 = 5_000;
 /// Before that the cluster forms.
 const FORMING_MS: u64 = 300;
+/// Sessions that a node whose memory is full proposes to let go.
+const LEAVE_AT_ONCE: usize = 4;
 
 /// One thing that goes wrong; most of them end.
 #[derive(Debug, Clone)]
@@ -314,31 +316,23 @@ impl World {
         }
     }
 
-    /// Memory is full: nothing more is taken, and the primary is asked to let something go.
+    /// Memory is full: nothing more is taken, and some sessions are to move or to go.
     fn fill(&mut self, node: usize) {
         let Some(process) = &mut self.nodes[node].process else { return };
         process.memory.capacity = 0;
         let Some(member) = process.member.clone() else { return };
-        let mut asked = Vec::new();
-        for replica in process.replicas.values().filter(|replica| replica.role() == Role::Secondary) {
-            let Some(primary) = replica.set().replicas.first() else { continue };
+        let mut held = Vec::new();
+        for replica in process.replicas.values() {
             for key in self.keys.all() {
-                let Some(manifest) =
-                    replica.manifest(&key).filter(|manifest| manifest.holders.contains(&member))
-                else {
-                    continue;
-                };
-                let message = Message::Evict { key, birth: manifest.birth };
-                let (from, to) = (member.clone(), primary.clone());
-                let set = std::sync::Arc::clone(replica.set());
-                asked.push(Envelope { shard: replica.id(), from, to, set, sent: 0, message });
+                let manifest = replica.manifest(&key);
+                let here = manifest.filter(|manifest| manifest.holders.contains(&member));
+                held.extend(here.map(|manifest| (replica.id(), key.clone(), manifest.birth)));
             }
         }
-        for envelope in asked.into_iter().take(2) {
-            if let Message::Evict { key, .. } = &envelope.message {
-                self.promises.evicting(key);
-            }
-            self.send(node, envelope);
+        for _ in 0..LEAVE_AT_ONCE.min(held.len()) {
+            let (shard, key, birth) = held.swap_remove(self.below(held.len() as u64) as usize);
+            self.promises.evicting(&key);
+            self.on(node, shard, ReplicaEvent::Evict(key, birth));
         }
     }
 

@@ -133,7 +133,9 @@ impl World {
         let mut freed = Vec::new();
         for record in records {
             let Record::Manifest(next, _) = record else { continue };
-            let kept: Vec<_> = next.instances().map(|block| block.instance).collect();
+            let leaves = !next.holders.iter().any(|holder| Some(holder) == self.nodes[at].member());
+            let kept = next.instances().map(|block| block.instance);
+            let kept: Vec<_> = kept.filter(|_| !leaves).collect();
             let old = replica.manifest(&next.key).into_iter().flat_map(|manifest| manifest.instances());
             freed.extend(old.map(|block| block.instance).filter(|instance| !kept.contains(instance)));
         }

@@ -121,8 +121,9 @@ impl World {
 
     fn arrive(&mut self, source: usize, target: usize, transfer: &Transfer) -> Result<(), CopyFailed> {
         let bytes = self.read_out(source, target, transfer)?;
+        let full = transfer.spare && self.chance(200);
         let Some(process) = &mut self.nodes[target].process else { return Err(CopyFailed::Unreachable) };
-        if !process.memory.has_room(bytes.len()) {
+        if full || !process.memory.has_room(bytes.len()) {
             return Err(CopyFailed::NoRoom);
         }
         let instances: Vec<_> = bytes.iter().map(|(instance, ..)| *instance).collect();

@@ -138,18 +138,20 @@ impl World {
             }
             ReplicaCommand::Send(envelope) => self.send(at, envelope),
             ReplicaCommand::SendWhole { envelope, candidates } => self.send_whole(at, envelope, &candidates),
-            ReplicaCommand::Copy { id, to, key, blocks, .. } => {
+            ReplicaCommand::Copy { id, to: target, key, blocks, spare, .. } => {
                 let source = self.nodes[at].member().cloned().expect("a replica has a member");
-                let transfer =
-                    Transfer { id, shard, key, blocks, source, target: to, fetched: false, pinned: false };
+                let (fetched, pinned) = (false, false);
+                let transfer = Transfer { id, shard, key, blocks, source, target, fetched, spare, pinned };
                 self.transfer(at, transfer);
             }
-            ReplicaCommand::Fetch { id, from, key, blocks, .. } => {
+            ReplicaCommand::Fetch { id, from: source, key, blocks, spare, .. } => {
                 let target = self.nodes[at].member().cloned().expect("a replica has a member");
-                let transfer =
-                    Transfer { id, shard, key, blocks, source: from, target, fetched: true, pinned: false };
+                let (fetched, pinned) = (true, false);
+                let transfer = Transfer { id, shard, key, blocks, source, target, fetched, spare, pinned };
                 self.transfer(at, transfer);
             }
+            // There is no residency here: whoever proposes does so at random.
+            ReplicaCommand::Stays(_) => {}
             ReplicaCommand::Propose(change) => {
                 let Some(generation) = self.replica(at, shard).map(|replica| replica.set().generation) else {
                     return;
@@ -178,7 +180,7 @@ impl World {
             Command::Release(instances) => {
                 instances.into_iter().for_each(|instance| process.memory.unname(instance));
             }
-            Command::Persist(..) | Command::Reply(..) => {
+            Command::Persist(..) | Command::Reply(..) | Command::Again(_) => {
                 self.check(Err("a command that the replica takes for itself".to_owned()));
             }
             Command::Reside(_) | Command::Invalidate(..) | Command::Ended(_) => {}

@@ -57,6 +57,8 @@ pub struct Transfer {
     pub target: Member,
     /// Whether the receiver asked for them.
     pub fetched: bool,
+    /// Whether it takes them only into room that it has to spare.
+    pub spare: bool,
     /// What the source pinned when it began to send.
     pub pinned: bool,
 }

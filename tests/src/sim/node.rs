@@ -93,6 +93,7 @@ impl Node {
             low: 0.7,
             high: 0.9,
             inclusive: false,
+            movable: false,
             shares: HashMap::new(),
         };
         Self {
@@ -189,6 +190,7 @@ impl Node {
                     self.reside(now, event, &mut out);
                 }
                 Command::Invalidate(..) | Command::Ended(_) => {}
+                Command::Again(request) => panic!("the only node lacks bytes for {request:?}"),
                 Command::Reply(id, reply) => self.reply(now, id, reply, &mut out),
             }
         }

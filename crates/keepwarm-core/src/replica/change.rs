@@ -35,6 +35,8 @@ pub(super) struct Changing {
     copying: BTreeSet<super::event::CopyId>,
     lost: Vec<Member>,
     since: Timestamp,
+    /// When it was first sent.
+    pub(super) sent_at: Option<Timestamp>,
     /// When it was last sent to all.
     pub(super) at: Timestamp,
     doubted: bool,
@@ -85,6 +87,7 @@ impl Replica {
                     out.push(ReplicaCommand::Reply(id, result))
                 }
                 Command::Reply(id, result) => self.hold(now, id, result, out),
+                Command::Again(request) => self.request(now, request, out),
                 other => out.push(ReplicaCommand::Shard(other)),
             }
         }
@@ -121,6 +124,7 @@ impl Replica {
             copying: BTreeSet::new(),
             lost: Vec::new(),
             since: now,
+            sent_at: None,
             at: now,
             doubted: false,
         };
@@ -144,7 +148,7 @@ impl Replica {
                     change.copying.insert(id);
                 }
                 let (to, key, blocks) = (to.clone(), key.clone(), blocks.clone());
-                out.push(ReplicaCommand::Copy { id, to, key, birth, blocks });
+                out.push(ReplicaCommand::Copy { id, to, key, birth, blocks, spare: false });
             }
         }
         self.send_if_copied(now, ticket, out);
@@ -179,7 +183,7 @@ impl Replica {
             change.copying.insert(id);
             office.copying.insert(id, CopyFor::Change { ticket, to: member.clone() });
             let (key, birth) = (key.clone(), next.birth);
-            out.push(ReplicaCommand::Copy { id, to: member, key, birth, blocks: lacks });
+            out.push(ReplicaCommand::Copy { id, to: member, key, birth, blocks: lacks, spare: false });
         }
     }
 
@@ -229,7 +233,7 @@ impl Replica {
                 *manifest = next;
             }
         }
-        change.sent = true;
+        (change.sent, change.sent_at) = (true, Some(now));
         let (key, record) = (change.key.clone(), change.record.clone());
         self.save(vec![key], vec![record], Then::Change(ticket), out);
         self.send_change(now, ticket, None, out);
@@ -295,7 +299,7 @@ impl Replica {
             office.copying.insert(id, CopyFor::Again { ticket, to: from.clone() });
             let blocks = manifest.instances().copied().collect();
             let (key, birth) = (manifest.key.clone(), manifest.birth);
-            out.push(ReplicaCommand::Copy { id, to: from.clone(), key, birth, blocks });
+            out.push(ReplicaCommand::Copy { id, to: from.clone(), key, birth, blocks, spare: false });
             return;
         }
         if !change.acked.contains(from) {

@@ -9,7 +9,6 @@ use super::message::Message;
 use super::office::{OWN, WAITING_MAX};
 use super::state::{Part, RESEND, Replica};
 use crate::registry::Member;
-use crate::session::State;
 use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb};
 
 /// What waits for which round.
@@ -49,6 +48,9 @@ impl Replica {
             }
             _ => request,
         };
+        if matches!(request.verb, Verb::Demote) {
+            return self.demote(now, &request, out);
+        }
         let Some(request) = self.unfetched(now, request, out) else { return };
         if self.may_be_lost(&request) {
             let refusal = Refusal::Lost { at: self.set.lost_at.unwrap_or(Timestamp::NEVER) };
@@ -80,12 +82,8 @@ impl Replica {
         request: Request,
         out: &mut Vec<ReplicaCommand>,
     ) -> Option<Request> {
-        let me = self.settings.member.clone();
         let Part::Primary(office) = &mut self.part else { return Some(request) };
-        let here = office.shard.committed(&request.key).is_none_or(|manifest| {
-            manifest.state != State::Warm || manifest.stored_bytes().0 == 0 || manifest.holders.contains(&me)
-        });
-        if here || !needs_bytes(&request.verb) {
+        if !office.shard.lacks_bytes(&request) {
             return Some(request);
         }
         let key = request.key.clone();
@@ -201,6 +199,7 @@ impl Replica {
     /// Looks at what is late.
     pub(super) fn office_tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let deadline = self.settings.write_deadline;
+        self.leave_the_silent(now, out);
         let Part::Primary(office) = &mut self.part else { return };
         if office.shard.next_deadline() <= now {
             self.drive(now, Event::Tick, None, out);
@@ -256,7 +255,7 @@ impl Replica {
             Message::Installed { key, head, holding } => self.installed(now, from, &key, head, holding, out),
             Message::Noted { heads, before } => self.noted(from, &heads, before),
             Message::Confirmed { round } => self.confirmed(now, from, round, out),
-            Message::Evict { key, birth } => self.asked_to_evict(now, &key, birth, out),
+            Message::Evict { key, birth } => self.make_room(now, &key, birth, from, out),
             Message::Prepare(_)
             | Message::Committed(_)
             | Message::Settled { .. }
@@ -279,32 +278,5 @@ impl Replica {
         office.owned += 1;
         let id = RequestId(OWN | office.owned);
         self.drive(now, Event::Request(Request { id, key, verb }), None, out);
-    }
-}
-
-/// Whether a verb reads or lays upon the session's bytes.
-const fn needs_bytes(verb: &Verb) -> bool {
-    match verb {
-        Verb::PlanWrite(_)
-        | Verb::Write(_)
-        | Verb::Commit(_)
-        | Verb::Turn(_)
-        | Verb::Read { .. }
-        | Verb::ReadAll
-        | Verb::Activate { .. }
-        | Verb::Truncate { .. }
-        | Verb::Fork(_) => true,
-        Verb::Create(_)
-        | Verb::Get
-        | Verb::List(_)
-        | Verb::Abort(_)
-        | Verb::Renew { .. }
-        | Verb::Release { .. }
-        | Verb::SetHome(_)
-        | Verb::Touch
-        | Verb::GoCold { .. }
-        | Verb::Place { .. }
-        | Verb::Delete
-        | Verb::Abandon => false,
     }
 }

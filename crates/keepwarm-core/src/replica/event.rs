@@ -63,6 +63,9 @@ pub enum ReplicaEvent {
     PersistFailed(Ticket, PersistError, Vec<Record>),
     /// Verified bytes came from the primary, each with one name that belongs to the replica now.
     Arrived(Vec<InstanceId>),
+    /// This node's memory wants to be rid of a session's bytes. The answer is the session's next residence, or
+    /// [`ReplicaCommand::Stays`]; where another node is asked, it may be none.
+    Evict(SessionKey, Birth),
     /// Bytes that were to be copied or fetched are there, or not. What was fetched has one name each.
     Copied(CopyId, Result<(), CopyFailed>),
     /// The registry confirmed that this generation is the present one, by a question asked after the round began.
@@ -114,6 +117,8 @@ pub enum ReplicaCommand {
         birth: Birth,
         /// Which.
         blocks: Vec<BlockRef>,
+        /// Whether the receiver takes them only into room that it has to spare.
+        spare: bool,
     },
     /// Fetch these blocks from a holder.
     Fetch {
@@ -127,7 +132,11 @@ pub enum ReplicaCommand {
         birth: Birth,
         /// Which.
         blocks: Vec<BlockRef>,
+        /// Whether they are taken only into room that is to spare here.
+        spare: bool,
     },
+    /// The session does not leave this node's memory now.
+    Stays(SessionKey),
     /// Propose a change of the set, at the present generation.
     Propose(Change),
     /// Ask the registry, by a question that begins now, whether this generation is the present one.

@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, Millis, SessionKey, Timestamp};
+use keepwarm_types::{Bytes, ColdReason, InstanceId, Millis, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, CopyId, ReplicaCommand};
+use super::room::Moving;
 use super::state::{Part, Replica, release};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State};
@@ -46,32 +47,43 @@ pub(super) enum CopyFor {
     Heal { key: SessionKey, met: Stamp, to: Member, blocks: Vec<InstanceId> },
     /// All blocks of a session whose primary has none.
     Fetch { key: SessionKey, met: Stamp, from: Member, blocks: Vec<InstanceId> },
+    /// All blocks of a session that leaves a holder.
+    Move(Moving),
 }
 
 impl CopyFor {
     fn heals(&self) -> Option<&SessionKey> {
         match self {
             Self::Heal { key, .. } | Self::Fetch { key, .. } => Some(key),
-            Self::Change { .. } | Self::Again { .. } => None,
+            Self::Change { .. } | Self::Again { .. } | Self::Move(_) => None,
+        }
+    }
+
+    pub(super) const fn moves(&self) -> Option<&SessionKey> {
+        match self {
+            Self::Move(moving) => Some(&moving.key),
+            _ => None,
         }
     }
 }
 
 impl Replica {
-    /// Whether a session has fewer holders than it should, or none here.
+    /// Whether a session has fewer holders than it should. Its primary need not be one of them: it fetches the bytes
+    /// when somebody wants them.
     pub(super) fn too_few(&self, manifest: &Manifest) -> bool {
         if manifest.state != State::Warm || manifest.stored_bytes() == Bytes::ZERO {
             return false;
         }
         let wanted = self.settings.replication.min(self.set.replicas.len());
-        manifest.holders.len() < wanted || !manifest.holders.contains(&self.settings.member)
+        manifest.holders.len() < wanted
     }
 
     /// Notes whether a session needs healing.
     pub(super) fn look_at(&mut self, key: &SessionKey, changed: bool) {
         self.drop_gone_holders(key);
         let Part::Primary(office) = &self.part else { return };
-        let sick = office.shard.committed(key).is_some_and(|manifest| self.too_few(manifest));
+        let waited_for = office.unfetched.contains_key(key);
+        let sick = waited_for || office.shard.committed(key).is_some_and(|manifest| self.too_few(manifest));
         let Part::Primary(office) = &mut self.part else { return };
         if sick {
             office.sick.entry(key.clone()).or_default();
@@ -177,7 +189,7 @@ impl Replica {
             let instances = blocks.iter().map(|block| block.instance).collect();
             let copy = CopyFor::Fetch { key: key.clone(), met, from: from.clone(), blocks: instances };
             office.copying.insert(id, copy);
-            out.push(ReplicaCommand::Fetch { id, from, key: key.clone(), birth, blocks });
+            out.push(ReplicaCommand::Fetch { id, from, key: key.clone(), birth, blocks, spare: false });
             return;
         }
         let failed = office.sick.get(key).map_or(0, |sick| sick.failed);
@@ -189,7 +201,7 @@ impl Replica {
                 let heal = CopyFor::Heal { key: key.clone(), met, to: Member::clone(to), blocks: instances };
                 office.copying.insert(id, heal);
                 let to = Member::clone(to);
-                out.push(ReplicaCommand::Copy { id, to, key: key.clone(), birth, blocks });
+                out.push(ReplicaCommand::Copy { id, to, key: key.clone(), birth, blocks, spare: false });
             }
             _ => {
                 office.sick.remove(key);
@@ -245,6 +257,7 @@ impl Replica {
                 }
                 Err(CopyFailed::Unreachable) => {}
             },
+            Some(CopyFor::Move(moving)) => self.moved(now, moving, result, out),
             None => {}
         }
     }
@@ -314,20 +327,5 @@ impl Replica {
                 self.request(now, request, out);
             }
         }
-    }
-
-    /// A holder has no room for it any more: it goes cold, unless it is protected or runs.
-    pub(super) fn asked_to_evict(
-        &mut self,
-        now: Timestamp,
-        key: &SessionKey,
-        birth: Birth,
-        out: &mut Vec<ReplicaCommand>,
-    ) {
-        if self.saving.contains_key(key) {
-            return;
-        }
-        let cold = Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };
-        self.ask_shard(now, key.clone(), cold, out);
     }
 }

@@ -20,7 +20,8 @@
 //! - `message`: what replicas say to each other. `event`: events and commands.
 //! - `state`: the role, and how a new set changes it. `follower`: copies, and what a primary may do to them.
 //! - `office`: what a primary keeps. `change`: a change's way. `sweep`: comparing and installing.
-//! - `confirm`: rounds. `heal`: who holds bytes, and who should.
+//! - `confirm`: rounds. `heal`: who holds bytes, and who should. `room`: who holds them instead, where room is short.
+//! - `silent`: who keeps the others waiting.
 
 mod change;
 mod confirm;
@@ -29,6 +30,8 @@ mod follower;
 mod heal;
 mod message;
 mod office;
+mod room;
+mod silent;
 mod state;
 mod sweep;
 

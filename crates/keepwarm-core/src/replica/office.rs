@@ -49,10 +49,12 @@ pub(super) struct Office {
     pub(super) rounds: Rounds,
     /// Bytes on their way.
     pub(super) copying: BTreeMap<CopyId, CopyFor>,
-    /// Sessions with too few holders, or without bytes here.
     /// Members that have most of a busy session's bytes.
     pub(super) caught_up: BTreeMap<SessionKey, CaughtUp>,
+    /// Sessions with too few holders, or whose bytes somebody waits for here.
     pub(super) sick: BTreeMap<SessionKey, Sick>,
+    /// Replicas that had no room to spare, and until when they are not asked again.
+    pub(super) full: HashMap<Member, Timestamp>,
     /// Requests of the own shard so far.
     pub(super) owned: u64,
     /// When the learner's promotion was proposed.
@@ -165,6 +167,7 @@ impl Replica {
             copying: BTreeMap::new(),
             caught_up: BTreeMap::new(),
             sick,
+            full: HashMap::new(),
             owned: 0,
             proposed: None,
         });
@@ -206,20 +209,16 @@ impl Replica {
     pub(super) fn leave_office(&mut self, out: &mut Vec<ReplicaCommand>) {
         let empty = Part::Follower(Follower::default());
         let Part::Primary(office) = std::mem::replace(&mut self.part, empty) else { return };
-        let moving = || Refusal::Moving("the session's owner has changed");
+        let moving_on = || Refusal::Moving("the session's owner has changed");
         self.before = (office.questions, office.rounds.begun);
         let mut freed = Vec::new();
-        for (id, copy) in office.copying {
-            if let CopyFor::Fetch { blocks, .. } = copy {
-                self.unwanted.insert(id, blocks);
-            }
-        }
+        self.abandon_copies(office.copying, out);
         let waiting = office.unsettled.into_values().chain(office.unfetched.into_values());
         for request in waiting.flat_map(|(_, requests)| requests) {
-            out.push(ReplicaCommand::Reply(request.id, Err(moving())));
+            out.push(ReplicaCommand::Reply(request.id, Err(moving_on())));
         }
         for (_, id, _) in office.rounds.waiting {
-            out.push(ReplicaCommand::Refuse(id, moving()));
+            out.push(ReplicaCommand::Refuse(id, moving_on()));
         }
         let mut changes = office.changes;
         let (sessions, graves) = office.shard.leave();
@@ -243,7 +242,7 @@ impl Replica {
         for (key, left) in sessions {
             freed.extend(left.staged);
             for id in left.queue.into_iter().filter(|id| id.0 & OWN == 0) {
-                out.push(ReplicaCommand::Reply(id, Err(moving())));
+                out.push(ReplicaCommand::Reply(id, Err(moving_on())));
             }
             let birth = left.manifest.as_ref().map(|manifest| manifest.birth);
             if let Some(birth) = birth {
@@ -255,7 +254,7 @@ impl Replica {
             if let Some(LeftPending { ticket, request, next, undo }) = left.pending {
                 let change = changes.remove(&ticket);
                 let sent = change.as_ref().is_some_and(|change| change.sent);
-                let refusal = if sent { Refusal::OutcomeUnknown } else { moving() };
+                let refusal = if sent { Refusal::OutcomeUnknown } else { moving_on() };
                 if let Some(id) = request.filter(|id| id.0 & OWN == 0) {
                     out.push(ReplicaCommand::Reply(id, Err(refusal)));
                 }
@@ -297,6 +296,27 @@ impl Replica {
         }
         self.part = Part::Follower(Follower { copies, dropped: 0 });
         orphans.into_iter().for_each(|ticket| self.orphan(ticket));
+    }
+
+    /// Bytes on their way for an office that ends: what comes is let go, and whoever asked is refused.
+    fn abandon_copies(&mut self, copying: BTreeMap<CopyId, CopyFor>, out: &mut Vec<ReplicaCommand>) {
+        for (id, copy) in copying {
+            match copy {
+                CopyFor::Fetch { blocks, .. } => drop(self.unwanted.insert(id, blocks)),
+                CopyFor::Move(moving) => {
+                    if let Some(blocks) = moving.fetched(&self.settings.member) {
+                        self.unwanted.insert(id, blocks.clone());
+                    }
+                    if let Some(asker) = moving.asker() {
+                        out.push(ReplicaCommand::Reply(
+                            asker,
+                            Err(Refusal::Moving("the session's owner has changed")),
+                        ));
+                    }
+                }
+                CopyFor::Change { .. } | CopyFor::Again { .. } | CopyFor::Heal { .. } => {}
+            }
+        }
     }
 
     /// The others of the set, those that were there before as they were.

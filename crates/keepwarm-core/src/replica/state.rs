@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
+use keepwarm_types::{ColdReason, Generation, InstanceId, Millis, SessionKey, ShardId, Timestamp};
 
 use super::event::{CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 use super::follower::{Copy, Follower, Head};
@@ -196,13 +196,6 @@ impl Replica {
         self.manifests().filter(only_here).count()
     }
 
-    /// What to tell the primary when this node has no room for a session's bytes.
-    #[must_use]
-    pub fn ask_to_evict(&mut self, key: &SessionKey, birth: Birth) -> Option<Envelope> {
-        let primary = self.set.replicas.first().filter(|primary| **primary != self.settings.member)?.clone();
-        Some(self.envelope(&primary, Message::Evict { key: key.clone(), birth }))
-    }
-
     /// A session's head here: its last change that may be on disk.
     #[must_use]
     pub fn head(&self, key: &SessionKey) -> Option<Stamp> {
@@ -264,6 +257,7 @@ impl Replica {
                     out.push(release(twice));
                 }
             }
+            ReplicaEvent::Evict(key, birth) => self.evict(now, key, birth, &mut out),
             ReplicaEvent::Copied(id, result) => self.copied(now, id, result, &mut out),
             ReplicaEvent::RegistryConfirmed { round } => self.registry_confirmed(now, round, &mut out),
             ReplicaEvent::ProposalFailed => {

@@ -74,7 +74,7 @@ pub(super) struct Asked {
 }
 
 impl Office {
-    fn is_settled(&self, key: &SessionKey) -> bool {
+    pub(super) fn is_settled(&self, key: &SessionKey) -> bool {
         self.swept || self.settled.contains(key) || self.secondaries().all(|peer| peer.settled(key))
     }
 

@@ -44,6 +44,9 @@ struct Net {
     held: Vec<(RequestId, Result<Box<Answer>, Refusal>)>,
     proposed: Vec<Change>,
     released: Vec<(usize, InstanceId)>,
+    stayed: Vec<(usize, SessionKey)>,
+    /// Who has no room to spare.
+    full: Vec<Member>,
 }
 
 impl Net {
@@ -62,7 +65,15 @@ impl Net {
             Replica::new(settings, [], [])
         };
         let replicas = (1..=count).map(replica).collect();
-        Self { replicas, answers: Vec::new(), held: Vec::new(), proposed: Vec::new(), released: Vec::new() }
+        Self {
+            replicas,
+            answers: Vec::new(),
+            held: Vec::new(),
+            proposed: Vec::new(),
+            released: Vec::new(),
+            stayed: Vec::new(),
+            full: Vec::new(),
+        }
     }
 
     /// Gives everybody a set.
@@ -91,6 +102,9 @@ impl Net {
                         next.push((place(&envelope.to), ReplicaEvent::Peer(envelope)));
                     }
                 }
+                ReplicaCommand::Copy { id, to, spare: true, .. } if self.full.contains(&to) => {
+                    next.push((at, ReplicaEvent::Copied(id, Err(CopyFailed::NoRoom))));
+                }
                 ReplicaCommand::Copy { id, to, blocks, .. } => {
                     let instances = blocks.iter().map(|block| block.instance).collect();
                     next.push((place(&to), ReplicaEvent::Arrived(instances)));
@@ -111,6 +125,7 @@ impl Net {
                 ReplicaCommand::Shard(Command::Release(instances)) => {
                     self.released.extend(instances.into_iter().map(|instance| (at, instance)));
                 }
+                ReplicaCommand::Stays(key) => self.stayed.push((at, key)),
                 ReplicaCommand::Shard(_) | ReplicaCommand::ConfirmRegistry { .. } => {}
             }
             for (at, event) in next {
@@ -360,4 +375,148 @@ fn a_busy_primary_looks_at_what_is_late_all_the_same() {
         asks += commands.iter().filter(|command| asked(command)).count();
     }
     assert!((4..=7).contains(&asks), "once every RESEND: {asks}");
+}
+
+/// A session of eight bytes, protected for ever or not at all, on nodes 1 and 2 of three.
+fn written(net: &mut Net, protect: Protect) -> SessionKey {
+    let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 8 } };
+    let layout = Arc::new(Layout::new("m", "f", vec![part]).unwrap());
+    let (birth, labels) = (Birth::from_random(7), Labels::new());
+    let key = key(1);
+    let commands = net.ask(0, 1, &key, Verb::Create(Create { layout, birth, protect, ttl: None, labels }));
+    net.run(0, commands);
+    let commands = net.ask(0, 2, &key, write(5));
+    net.run(0, commands);
+    let commands = net.replicas[0].on(NOW + Millis(100), ReplicaEvent::Tick);
+    net.run(0, commands);
+    assert_eq!(holders(net, &key), [member(1), member(2)]);
+    net.answers.clear();
+    key
+}
+
+fn holders(net: &Net, key: &SessionKey) -> Vec<Member> {
+    net.replicas[0].manifest(key).expect("it is there").holders.to_vec()
+}
+
+fn evict(net: &mut Net, at: usize, key: &SessionKey) {
+    let commands = net.replicas[at].on(NOW, ReplicaEvent::Evict(key.clone(), Birth::from_random(7)));
+    net.run(at, commands);
+}
+
+//= GUARANTEES.md#G6
+#[test]
+fn what_has_no_room_here_moves_to_a_replica_that_has() {
+    let mut net = three();
+    let key = written(&mut net, Protect::Forever);
+    evict(&mut net, 0, &key);
+    assert_eq!(holders(&net, &key), [member(2), member(3)], "the other two hold it");
+    assert!(net.released.contains(&(0, InstanceId(5))), "and only then it leaves: {:?}", net.released);
+    let commands = net.ask(0, 3, &key, Verb::ReadAll);
+    assert!(matches!(commands[..], [ReplicaCommand::Fetch { spare: false, .. }]), "{commands:?}");
+    net.run(0, commands);
+    assert_eq!(holders(&net, &key), [member(1), member(2)], "who wants it has it fetched");
+    assert!(matches!(net.answers.last(), Some((RequestId(3), Ok(_)))), "{:?}", net.answers);
+}
+
+#[test]
+fn a_secondary_without_room_is_relieved_as_well() {
+    let mut net = three();
+    let key = written(&mut net, Protect::Forever);
+    evict(&mut net, 1, &key);
+    assert_eq!(holders(&net, &key), [member(1), member(3)]);
+    evict(&mut net, 0, &key);
+    assert_eq!(holders(&net, &key), [member(3), member(2)]);
+    evict(&mut net, 2, &key);
+    assert_eq!(
+        holders(&net, &key),
+        [member(1), member(2)],
+        "the owner takes it back where it is the only one"
+    );
+    assert_eq!(net.stayed, []);
+}
+
+//= GUARANTEES.md#G6
+#[test]
+fn where_nobody_has_room_the_protected_stays_and_the_other_cools() {
+    for (protect, stays) in [(Protect::Forever, true), (Protect::For(Millis(0)), false)] {
+        let mut net = three();
+        net.full = vec![member(3)];
+        let key = written(&mut net, protect);
+        evict(&mut net, 0, &key);
+        let manifest = net.replicas[0].manifest(&key).unwrap();
+        assert_eq!(manifest.state == crate::session::State::Warm, stays);
+        assert_eq!(net.stayed == [(0, key.clone())], stays, "{:?}", net.stayed);
+        let commands = net.ask(0, 3, &key, Verb::Demote);
+        let asked_again = commands.iter().any(|command| matches!(command, ReplicaCommand::Copy { .. }));
+        assert!(!asked_again, "a full replica rests: {commands:?}");
+    }
+}
+
+#[test]
+fn what_waits_behind_a_move_finds_the_bytes_gone_and_has_them_fetched() {
+    let mut net = three();
+    let key = written(&mut net, Protect::Forever);
+    let birth = Birth::from_random(7);
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Evict(key.clone(), birth));
+    let [ReplicaCommand::Copy { id, to, spare: true, .. }] = &commands[..] else { panic!("{commands:?}") };
+    assert_eq!(*to, member(3));
+    net.replicas[2].on(NOW, ReplicaEvent::Arrived(vec![InstanceId(5)]));
+    let moving = net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Ok(())));
+    let waits = net.ask(
+        0,
+        9,
+        &key,
+        Verb::Truncate { cut: crate::shard::Cut::Bytes(Bytes(0)), precondition: Precondition::default() },
+    );
+    assert!(waits.is_empty(), "{waits:?}");
+    net.run(0, moving);
+    assert!(matches!(net.answers.last(), Some((RequestId(9), Ok(_)))), "{:?}", net.answers);
+    assert_eq!(holders(&net, &key)[0], member(1), "it was fetched first");
+}
+
+#[test]
+fn who_keeps_a_change_waiting_leaves_the_set_where_enough_stay() {
+    let mut net = three();
+    let key = net.create(1);
+    let commands = copied(&mut net, &key, 5);
+    // Node 3 does not answer; the others do.
+    let (mut ticket, mut to_second) = (None, None);
+    for command in commands {
+        match command {
+            ReplicaCommand::Persist(id, _) => ticket = Some(id),
+            ReplicaCommand::Send(envelope) if envelope.to == member(2) => to_second = Some(envelope),
+            _ => {}
+        }
+    }
+    net.replicas[0].on(NOW, ReplicaEvent::Persisted(ticket.unwrap()));
+    let commands = net.replicas[1].on(NOW, ReplicaEvent::Peer(to_second.unwrap()));
+    net.run(1, commands);
+    let soon = net.replicas[0].on(NOW + Millis(4_900), ReplicaEvent::Tick);
+    assert!(!soon.iter().any(|command| matches!(command, ReplicaCommand::Propose(_))), "{soon:?}");
+    let late = net.replicas[0].on(NOW + Millis(5_000), ReplicaEvent::Tick);
+    let proposed = late.iter().find_map(|command| match command {
+        ReplicaCommand::Propose(change) => Some(change.clone()),
+        _ => None,
+    });
+    let observers = vec![member(1).node];
+    assert_eq!(proposed, Some(Change::Remove { node: member(3).node, observers }));
+    let after = net.replicas[0].on(NOW, ReplicaEvent::Set(set(2, &[1, 2], None)));
+    let committed = after.iter().any(|command| matches!(command, ReplicaCommand::Shard(Command::Reside(_))));
+    assert!(committed, "what the others have is committed: {after:?}");
+}
+
+#[test]
+fn a_learner_that_does_not_keep_up_is_given_up() {
+    let mut net = Net::new(2);
+    net.adopt(&set(1, &[1, 2], None));
+    let key = net.create(1);
+    net.adopt(&set(2, &[1, 2], Some(3)));
+    let commands = net.ask(0, 2, &key, write(5));
+    net.run(0, commands);
+    net.proposed.clear();
+    let soon = net.replicas[0].on(NOW + Millis(1_900), ReplicaEvent::Tick);
+    assert!(!soon.iter().any(|command| matches!(command, ReplicaCommand::Propose(_))), "{soon:?}");
+    let late = net.replicas[0].on(NOW + Millis(2_000), ReplicaEvent::Tick);
+    net.run(0, late);
+    assert_eq!(net.proposed, [Change::DropLearner]);
 }

@@ -76,14 +76,6 @@ impl Book {
         }
     }
 
-    /// Counts as used: another comes first.
-    pub(super) fn used_now(&mut self, key: &SessionKey) {
-        self.uses += 1;
-        if let Some(slot) = self.order.get_mut(key) {
-            slot.1 = self.uses;
-        }
-    }
-
     pub(super) fn remove(&mut self, key: &SessionKey) {
         if let Some((resident, _)) = self.order.pop(key) {
             self.bytes -= resident.bytes;
@@ -97,10 +89,10 @@ impl Book {
     pub(super) fn victim(
         &self,
         now: Timestamp,
-        leaving: &dyn Fn(&SessionKey) -> bool,
+        stays: &dyn Fn(&SessionKey) -> bool,
     ) -> Option<(SessionKey, Resident, u64)> {
         let may =
-            |key: &SessionKey, resident: &Resident| !resident.leased && resident.bytes.0 > 0 && !leaving(key);
+            |key: &SessionKey, resident: &Resident| !resident.leased && resident.bytes.0 > 0 && !stays(key);
         if !self.inclusive {
             return self
                 .releases
@@ -117,6 +109,21 @@ impl Book {
         clean
             .or_else(|| oldest().next())
             .map(|(key, (resident, stamp))| (key.clone(), resident.clone(), *stamp))
+    }
+
+    /// The protected session that was not used for the longest time, with its stamp: it may move, not be dropped.
+    pub(super) fn movable(
+        &self,
+        now: Timestamp,
+        stays: &dyn Fn(&SessionKey) -> bool,
+    ) -> Option<(SessionKey, Resident, u64)> {
+        let oldest = self.order.iter().rev().take(LOOKS_MAX);
+        oldest
+            .filter(|(key, (resident, _))| {
+                release(resident) > now && !resident.leased && resident.bytes.0 > 0 && !stays(key)
+            })
+            .map(|(key, (resident, stamp))| (key.clone(), resident.clone(), *stamp))
+            .next()
     }
 
     /// When the next protection ends.

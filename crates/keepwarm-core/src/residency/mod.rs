@@ -5,8 +5,9 @@
 //! [`ResidencyEvent::Gone`] once the memory is free, or [`ResidencyEvent::Refused`].
 //!
 //! Order of victims: expired, unprotected or clean, oldest use first; leased never. In the tier that has the
-//! only copy, protected sessions never leave to make room. In a tier whose clean sessions have a colder copy
-//! (`inclusive`), protection says nothing and a dirty session must be checkpointed first.
+//! only copy, protected sessions never leave to make room, unless their bytes may go to another node's memory
+//! (`movable`): then, after all others, those that were not used for the longest time. In a tier whose clean sessions
+//! have a colder copy (`inclusive`), protection says nothing and a dirty session must be checkpointed first.
 //!
 //! Memory per session: one entry of an LRU and one of an ordered set; per decision: logarithmic, plus the
 //! leased sessions that are passed over.
@@ -29,6 +30,8 @@ const RETRY_DEFAULT: Millis = Millis(1000);
 const RETRY_MAX: Millis = Millis::from_secs(60);
 /// A proposal that was neither carried out nor refused is made again after this.
 const EVICTION_TIMEOUT: Millis = Millis::from_secs(10);
+/// A session that may not leave is not proposed again for this long, unless there is news of it.
+const REST: Millis = Millis(1000);
 
 /// What a tier is told at its start.
 #[derive(Debug, Clone)]
@@ -41,6 +44,8 @@ pub struct ResidencySettings {
     pub high: f64,
     /// Whether a clean session has a copy in a colder tier.
     pub inclusive: bool,
+    /// Whether a session that may not be dropped may still leave, since its bytes can move to another node.
+    pub movable: bool,
     /// Share of the capacity beyond which a tenant evicts its own sessions first.
     pub shares: HashMap<TenantName, f64>,
 }
@@ -193,6 +198,8 @@ pub struct Residency {
     settings: ResidencySettings,
     books: BTreeMap<TenantName, Book>,
     leaving: HashMap<SessionKey, Leaving>,
+    /// Sessions whose leaving was refused, and until when they are let alone.
+    resting: HashMap<SessionKey, Timestamp>,
     waiters: VecDeque<Waiter>,
     used: Bytes,
 }
@@ -205,6 +212,7 @@ impl Residency {
             settings,
             books: BTreeMap::new(),
             leaving: HashMap::new(),
+            resting: HashMap::new(),
             waiters: VecDeque::new(),
             used: Bytes::ZERO,
         }
@@ -238,6 +246,7 @@ impl Residency {
                 if let Some(leaving) = self.leaving.remove(&key) {
                     self.used = self.used.saturating_sub(leaving.bytes);
                 }
+                self.resting.remove(&key);
                 if let Some(book) = self.books.get_mut(&key.tenant) {
                     book.remove(&key);
                     if book.len() == 0 {
@@ -247,8 +256,8 @@ impl Residency {
             }
             ResidencyEvent::Refused(key) => {
                 self.leaving.remove(&key);
-                if let Some(book) = self.books.get_mut(&key.tenant) {
-                    book.used_now(&key);
+                if self.get(&key).is_some() {
+                    self.resting.insert(key, now + REST);
                 }
             }
             ResidencyEvent::Need { need, tenant, bytes, deadline } => {
@@ -268,7 +277,8 @@ impl Residency {
             }
             ResidencyEvent::Used(used) => self.used = used,
             ResidencyEvent::Tick => {
-                self.leaving.retain(|_, leaving| now.since(leaving.since) < EVICTION_TIMEOUT)
+                self.leaving.retain(|_, leaving| now.since(leaving.since) < EVICTION_TIMEOUT);
+                self.resting.retain(|_, until| *until > now);
             }
         }
         self.serve(now, &mut out);
@@ -278,6 +288,7 @@ impl Residency {
 
     fn put(&mut self, key: SessionKey, resident: Resident, used: bool) {
         let inclusive = self.settings.inclusive;
+        self.resting.remove(&key);
         self.books.entry(key.tenant.clone()).or_insert_with(|| Book::new(inclusive)).put(key, resident, used);
     }
 
@@ -346,14 +357,27 @@ impl Residency {
         found
     }
 
-    /// The next victim: of the tenant that wants room, if it is over its share; else of the tenant that is
-    /// furthest over its own; else the oldest of all.
+    /// The next victim: one that may be dropped; where there is none, one that may move.
     fn victim(
         &self,
         now: Timestamp,
         wanted_by: Option<(&TenantName, Bytes)>,
     ) -> Option<(SessionKey, Resident)> {
-        let candidate = |book: &Book| book.victim(now, &|key| self.leaving.contains_key(key));
+        let stays = |key: &SessionKey| {
+            self.leaving.contains_key(key) || self.resting.get(key).is_some_and(|until| *until > now)
+        };
+        let dropped = self.victim_among(wanted_by, |book| book.victim(now, &stays));
+        let movable = || self.victim_among(wanted_by, |book| book.movable(now, &stays));
+        dropped.or_else(|| self.settings.movable.then(movable).flatten())
+    }
+
+    /// Of the tenant that wants room, if it is over its share; else of the tenant that is furthest over its own; else
+    /// the oldest of all.
+    fn victim_among(
+        &self,
+        wanted_by: Option<(&TenantName, Bytes)>,
+        candidate: impl Fn(&Book) -> Option<(SessionKey, Resident, u64)>,
+    ) -> Option<(SessionKey, Resident)> {
         if let Some((tenant, bytes)) = wanted_by
             && let Some(book) = self.books.get(tenant)
             && book.bytes() + bytes > self.share(tenant)

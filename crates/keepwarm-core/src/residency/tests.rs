@@ -16,9 +16,13 @@ fn key(who: &str, n: u128) -> SessionKey {
     SessionKey::new(tenant(who), SessionId::new(Uuid::from_u128(0x4000_8000_0000_0000_0000 + n)).unwrap())
 }
 
-fn tier(capacity: u64, inclusive: bool) -> Residency {
+fn settings(capacity: u64, inclusive: bool, movable: bool) -> ResidencySettings {
     let shares = HashMap::from([(tenant("half"), 0.5)]);
-    Residency::new(ResidencySettings { capacity: Bytes(capacity), low: 0.5, high: 0.9, inclusive, shares })
+    ResidencySettings { capacity: Bytes(capacity), low: 0.5, high: 0.9, inclusive, movable, shares }
+}
+
+fn tier(capacity: u64, inclusive: bool) -> Residency {
+    Residency::new(settings(capacity, inclusive, false))
 }
 
 fn resident(bytes: u64) -> Resident {
@@ -102,6 +106,27 @@ fn a_refused_eviction_looks_for_another() {
     tier.on(NOW, ResidencyEvent::Used(Bytes(90)));
     assert_eq!(evicted(&tier.on(NOW, need(1, "a", 30))), [key("a", 1)]);
     assert_eq!(evicted(&tier.on(NOW, ResidencyEvent::Refused(key("a", 1)))), [key("a", 2)]);
+}
+
+#[test]
+fn what_may_not_be_dropped_may_move_last_and_the_longest_unused_first() {
+    let mut tier = Residency::new(settings(100, false, true));
+    let protected = Resident { protected_until: Timestamp(5000), ..resident(30) };
+    for n in 1..=2 {
+        tier.on(NOW, put(&key("a", n), protected.clone()));
+    }
+    tier.on(NOW, put(&key("a", 3), resident(30)));
+    tier.on(NOW, ResidencyEvent::Used(Bytes(90)));
+    let proposed = evicted(&tier.on(NOW, need(1, "a", 60)));
+    assert_eq!(proposed, [key("a", 3), key("a", 1)], "first what may be dropped");
+    assert_eq!(evicted(&tier.on(NOW, ResidencyEvent::Refused(key("a", 1)))), [key("a", 2)]);
+    let denied = tier.on(NOW, ResidencyEvent::Refused(key("a", 2)));
+    assert!(
+        matches!(denied[..], [ResidencyCommand::Deny { reason: DenyReason::NothingMayMove, .. }]),
+        "nobody took them: they rest {denied:?}"
+    );
+    assert_eq!(evicted(&tier.on(NOW + Millis(500), need(2, "a", 60))), []);
+    assert_eq!(evicted(&tier.on(NOW + Millis(1000), need(3, "a", 60))), [key("a", 1)], "and are asked again");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use keepwarm_types::{Birth, Bytes, InstanceId, Revision, SessionKey, Timestamp, Tokens};
 
-use super::event::RequestId;
+use super::event::{Request, RequestId};
 use super::refusal::Refusal;
 use super::state::Tombstone;
 use super::view::Answer;
@@ -32,6 +32,9 @@ pub enum Command {
     Invalidate(SessionKey, Birth),
     /// A session has ended for good.
     Ended(SessionKey),
+    /// This request waited for a change, after which the bytes that it needs are on other nodes only: the replica takes
+    /// it up from the start. A shard alone holds all of its bytes.
+    Again(Request),
     /// Answer a request.
     Reply(RequestId, Result<Box<Answer>, Refusal>),
 }

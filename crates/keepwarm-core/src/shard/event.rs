@@ -266,6 +266,8 @@ pub enum Verb {
         /// Evict even if leased, protected or used since (device failure, corruption).
         force: bool,
     },
+    /// Let another replica hold the bytes that are here; the replica carries it out, a shard alone cannot.
+    Demote,
     /// Commit who holds the session's bytes; the replica asks this of itself.
     Place {
         /// The life that is meant.
@@ -281,4 +283,35 @@ pub enum Verb {
     Delete,
     /// End a session whose making failed half-way: its id may be used again at once.
     Abandon,
+}
+
+impl Verb {
+    /// Whether it reads or lays upon the session's bytes.
+    #[must_use]
+    pub const fn needs_bytes(&self) -> bool {
+        match self {
+            Self::PlanWrite(_)
+            | Self::Write(_)
+            | Self::Commit(_)
+            | Self::Turn(_)
+            | Self::Read { .. }
+            | Self::ReadAll
+            | Self::Activate { .. }
+            | Self::Truncate { .. }
+            | Self::Fork(_) => true,
+            Self::Create(_)
+            | Self::Get
+            | Self::List(_)
+            | Self::Abort(_)
+            | Self::Renew { .. }
+            | Self::Release { .. }
+            | Self::SetHome(_)
+            | Self::Touch
+            | Self::GoCold { .. }
+            | Self::Demote
+            | Self::Place { .. }
+            | Self::Delete
+            | Self::Abandon => false,
+        }
+    }
 }

@@ -8,7 +8,7 @@ use keepwarm_types::{Birth, Bytes, Generation, InstanceId, SessionKey, Timestamp
 use super::change::Change;
 use super::command::{Command, Ticket, TranscriptChange};
 use super::entry::{After, Entry};
-use super::event::RequestId;
+use super::event::{Request, RequestId};
 use super::refusal::Refusal;
 use super::state::{Handled, Shard, ShardSettings, Timer, Tombstone};
 use super::write::mismatch;
@@ -93,6 +93,43 @@ impl Shard {
     /// Whether a change of the session is on its way.
     pub(crate) fn changing(&self, key: &SessionKey) -> bool {
         self.sessions.get(key).is_some_and(Entry::busy)
+    }
+
+    /// Whether a lease of the session runs.
+    pub(crate) fn leased(&self, now: Timestamp, key: &SessionKey) -> bool {
+        self.sessions.get(key).is_some_and(|entry| entry.lease(now).is_some())
+    }
+
+    /// Whether the session may go cold to make room: neither protected nor at work.
+    pub(crate) fn may_cool(&self, now: Timestamp, key: &SessionKey, birth: Birth) -> bool {
+        let Some(entry) = self.sessions.get(key).filter(|entry| !entry.busy()) else { return false };
+        let Some(manifest) = entry.manifest.as_ref().filter(|manifest| manifest.birth == birth) else {
+            return false;
+        };
+        entry.lease(now).is_none() && manifest.protect.until(entry.last_used) <= now
+    }
+
+    /// Whether a request needs bytes that only other nodes hold.
+    pub(crate) fn lacks_bytes(&self, request: &Request) -> bool {
+        let lacks = |manifest: &Arc<Manifest>| {
+            let bytes = manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO;
+            bytes && !manifest.holders.contains(&self.settings.member)
+        };
+        request.verb.needs_bytes() && self.committed(&request.key).is_some_and(lacks)
+    }
+
+    /// The instances of a committed manifest that have a name in this node's memory for it.
+    pub(super) fn named_here(&self, manifest: &Manifest) -> Vec<InstanceId> {
+        if !manifest.holders.contains(&self.settings.member) {
+            return Vec::new();
+        }
+        manifest.instances().map(|block| block.instance).collect()
+    }
+
+    /// Bytes of a committed manifest in this node's memory.
+    pub(super) fn held_bytes(&self, manifest: &Manifest) -> Bytes {
+        let here = manifest.holders.contains(&self.settings.member);
+        if here { manifest.stored_bytes() } else { Bytes::ZERO }
     }
 
     /// Who waits for this ticket's outcome.
@@ -181,12 +218,13 @@ impl Shard {
         }
         let mut next = Manifest::clone(&manifest);
         next.holders = Arc::clone(holders);
+        let leaves = !holders.contains(&self.settings.member);
         next.placement_seq = next.placement_seq.next();
         let change = Change {
             request: Some(id),
             next: Arc::new(next),
             transcript: TranscriptChange::Keep,
-            released: Vec::new(),
+            released: if leaves { self.named_here(&manifest) } else { Vec::new() },
             undo: brought,
             after: After::Quiet,
         };

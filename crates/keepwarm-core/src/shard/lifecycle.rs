@@ -346,7 +346,7 @@ impl Shard {
         let mut next = Manifest::clone(&manifest);
         next.go_cold(reason);
         next.placement_seq = next.placement_seq.next();
-        let released = manifest.instances().map(|block| block.instance).collect();
+        let released = self.named_here(&manifest);
         let change = Change {
             request: Some(id),
             next: Arc::new(next),
@@ -369,9 +369,9 @@ impl Shard {
         out: &mut Vec<Command>,
     ) -> Result<(), Refusal> {
         let manifest = Arc::clone(self.live(key)?.manifest()?);
+        let mut released = self.named_here(&manifest);
         let work = self.entry(key)?.work();
         work.lease = None;
-        let mut released: Vec<_> = manifest.instances().map(|block| block.instance).collect();
         let staged: Vec<_> =
             work.stages.drain(..).flat_map(|stage| stage.brought).map(|(_, instance)| instance).collect();
         released.extend(&staged);

@@ -203,6 +203,10 @@ impl Shard {
             }
             return;
         }
+        if self.lacks_bytes(&request) {
+            out.push(Command::Again(request));
+            return;
+        }
         let Request { id, key, verb } = request;
         let handled = self.handle(now, id, &key, verb, out);
         match handled {
@@ -247,6 +251,7 @@ impl Shard {
             Verb::Truncate { cut, precondition } => self.truncate(now, id, key, cut, precondition, out),
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
+            Verb::Demote => Err(Refusal::Conflict("no other node can hold its bytes".to_owned())),
             Verb::Place { birth, met, holders, brought } => {
                 self.place(id, key, (birth, met), &holders, brought, out)
             }
@@ -299,7 +304,7 @@ impl Shard {
         out.push(Command::Reside(Residence {
             key: key.clone(),
             birth: manifest.birth,
-            bytes: manifest.stored_bytes() + entry.staged_bytes(),
+            bytes: self.held_bytes(manifest) + entry.staged_bytes(),
             protected_until: manifest.protect.until(entry.last_used),
             expires_at: manifest.expires_at(entry.last_used),
             leased: entry.lease(now).is_some(),
@@ -368,6 +373,7 @@ const fn waits(verb: &Verb) -> bool {
         | Verb::Renew { .. }
         | Verb::Release { .. }
         | Verb::SetHome(_)
+        | Verb::Demote
         | Verb::Touch => false,
     }
 }

@@ -44,7 +44,8 @@ fn unsent(error: &EncodeError) -> CopyFailed {
 }
 
 impl Cluster {
-    /// Copies blocks to a holder; done once it has verified and kept them.
+    /// Copies blocks to a holder; done once it has verified and kept them. `spare` bytes are taken only into room that it
+    /// has to spare.
     ///
     /// Dropping the future resets the stream; the holder then keeps nothing of its batch.
     pub(crate) async fn push(
@@ -54,9 +55,10 @@ impl Cluster {
         key: &SessionKey,
         birth: Birth,
         blocks: Vec<Block>,
+        spare: bool,
     ) -> Result<(), CopyFailed> {
         for batch in batches(blocks, |block| block.length() as u64, BLOCKS_MAX, BATCH_BYTES_MAX) {
-            self.push_batch(to, generation, key, birth, batch).await?;
+            self.push_batch(to, generation, key, birth, batch, spare).await?;
         }
         Ok(())
     }
@@ -68,13 +70,16 @@ impl Cluster {
         key: &SessionKey,
         birth: Birth,
         blocks: Vec<Block>,
+        spare: bool,
     ) -> Result<(), CopyFailed> {
+        let (way, class) =
+            if spare { (Direction::Spare, Class::Rebalance) } else { (Direction::Push, Class::Checkpoint) };
         let refs = blocks.iter().map(crate::write::block_ref).collect();
-        let header = self.header(generation, key, birth, refs, Direction::Push);
+        let header = self.header(generation, key, birth, refs, way);
         let work = async {
             let version = self.transport.version(&to.node).ok_or(CopyFailed::Unreachable)?;
             let header = header.encode(version).map_err(|error| unsent(&error))?;
-            let opened = self.transport.open(&to.node, Class::Checkpoint, header).await;
+            let opened = self.transport.open(&to.node, class, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             let sent = send_blocks(&mut stream, key, birth, &blocks).await;
             // A holder that refuses answers before it has read all.
@@ -105,10 +110,11 @@ impl Cluster {
         key: &SessionKey,
         birth: Birth,
         blocks: Vec<BlockRef>,
+        spare: bool,
     ) -> Result<Vec<Block>, CopyFailed> {
         let mut pulled = Vec::with_capacity(blocks.len());
         for batch in batches(blocks, |block| u64::from(block.length), BLOCKS_MAX, BATCH_BYTES_MAX) {
-            pulled.extend(self.pull_batch(from, generation, key, birth, batch).await?);
+            pulled.extend(self.pull_batch(from, generation, key, birth, batch, spare).await?);
         }
         Ok(pulled)
     }
@@ -120,16 +126,19 @@ impl Cluster {
         key: &SessionKey,
         birth: Birth,
         blocks: Vec<BlockRef>,
+        spare: bool,
     ) -> Result<Vec<Block>, CopyFailed> {
+        let (pool, class) =
+            if spare { (Pool::Spare, Class::Rebalance) } else { (Pool::Restore, Class::Restore) };
         let Some(handle) = self.node() else { return Err(CopyFailed::Unreachable) };
         let owner = Owner { tenant: key.tenant.clone(), birth };
         let work = async {
-            let room = handle.reserve_pinned(&owner, Pool::Restore, sizes(&blocks)).await;
+            let room = handle.reserve_pinned(&owner, pool, sizes(&blocks)).await;
             let room = room.map_err(|error| no_room(&error))?;
             let header = self.header(generation, key, birth, blocks.clone(), Direction::Pull);
             let version = self.transport.version(&from.node).ok_or(CopyFailed::Unreachable)?;
             let header = header.encode(version).map_err(|error| unsent(&error))?;
-            let opened = self.transport.open(&from.node, Class::Restore, header).await;
+            let opened = self.transport.open(&from.node, class, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
             stream.finish();
             taken(&read_answer(&mut stream).await.map_err(|error| unreachable_by(&error))?)?;
@@ -182,7 +191,8 @@ fn batches<T>(blocks: Vec<T>, length: impl Fn(&T) -> u64, most: usize, bytes_mos
 pub(super) async fn serve(handle: Handle, header: BlocksHeader, mut stream: ByteStream) {
     let served = timeout(BATCH_DEADLINE, async {
         match header.direction {
-            Direction::Push | Direction::Spare => take(&handle, header, &mut stream).await,
+            Direction::Push => take(&handle, header, Pool::ReplicaIn, &mut stream).await,
+            Direction::Spare => take(&handle, header, Pool::Spare, &mut stream).await,
             Direction::Pull => lend(&handle, header, &mut stream).await,
         }
     });
@@ -193,9 +203,14 @@ pub(super) async fn serve(handle: Handle, header: BlocksHeader, mut stream: Byte
     }
 }
 
-async fn take(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) -> Result<(), LinkError> {
+async fn take(
+    handle: &Handle,
+    header: BlocksHeader,
+    pool: Pool,
+    stream: &mut ByteStream,
+) -> Result<(), LinkError> {
     let owner = Owner { tenant: header.key.tenant.clone(), birth: header.birth };
-    let answer = match handle.reserve_pinned(&owner, Pool::ReplicaIn, sizes(&header.blocks)).await {
+    let answer = match handle.reserve_pinned(&owner, pool, sizes(&header.blocks)).await {
         Err(error) => {
             no_room(&error);
             BlocksAnswer::NoRoom

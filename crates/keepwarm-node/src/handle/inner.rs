@@ -253,7 +253,10 @@ impl Handle {
     ) -> Result<Vec<BlockMut>, Error> {
         let (reply, blocks) = oneshot::channel();
         // Another node waits for this answer: an eviction that is under way may come in time, no more.
-        let wait = if pool == Pool::ReplicaIn { REPLICA_ROOM_WAIT } else { ROOM_WAIT };
+        let wait = match pool {
+            Pool::ReplicaIn | Pool::Spare => REPLICA_ROOM_WAIT,
+            Pool::Client | Pool::Restore | Pool::SpillIn => ROOM_WAIT,
+        };
         let deadline = now() + wait;
         let reserve = Reserve { owner: owner.clone(), pool, sizes, deadline, reply };
         send(self.links().pinned()?, PinnedMsg::Reserve(reserve), "pinned memory")?;

@@ -44,6 +44,7 @@ impl Handle {
         self.settled(key).await?;
         let before = self.get(key).await?;
         let bytes = before.manifest.stored_bytes();
+        let far = bytes > Bytes::ZERO && !before.manifest.holders.contains(&self.inner().member());
         let home = self.place(key, request.node, request.gpu, bytes).await?;
         let lease = LeaseId(Uuid::new_v4());
         let ttl = request.ttl.unwrap_or(LEASE_TTL_DEFAULT);
@@ -53,8 +54,11 @@ impl Handle {
         let sources = answered.blocks.clone();
         let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, grant.lease.expires_at).await;
         match loaded {
-            Ok(loaded) => {
+            Ok(mut loaded) => {
                 let took = started.elapsed();
+                if far && loaded.source == Source::Pinned {
+                    loaded.source = Source::Peer;
+                }
                 self.found(&grant.manifest, &home, &loaded, took);
                 Ok(activation(*grant, home, loaded, took))
             }
@@ -106,7 +110,14 @@ impl Handle {
         bytes: Bytes,
     ) -> Result<Home, Error> {
         if let Some(node) = node.filter(|node| node != self.name()) {
-            return Err(Error::unknown_node(&node));
+            if !self.config().nodes.iter().any(|known| known.name == node) {
+                return Err(Error::unknown_node(&node));
+            }
+            let owner = self.name();
+            return Err(Error::InvalidField {
+                field: "node".to_owned(),
+                reason: format!("a session runs where its owner is, and that is node '{owner}'"),
+            });
         }
         let gpus = self.inner().boards.len();
         if let Some(wish) = wish.filter(|wish| usize::from(wish.0) >= gpus) {
@@ -425,7 +436,12 @@ impl Handle {
             ));
         }
         match tier {
-            Tier::Pinned => Ok(verdict(Outcome::Accepted, "its bytes are in pinned memory")),
+            Tier::Pinned => {
+                let permit = self.admit()?;
+                // Whoever reads has them fetched where only other nodes hold them.
+                self.ask(key, Verb::ReadAll, Vec::new(), Some(permit)).await?;
+                Ok(verdict(Outcome::Accepted, "its bytes are in pinned memory"))
+            }
             Tier::Peer => Ok(verdict(Outcome::Rejected, "a peer's memory is colder, not warmer: use demote")),
             Tier::Hbm => {
                 let bytes = info.manifest.stored_bytes();
@@ -459,12 +475,8 @@ impl Handle {
     pub async fn demote(&self, key: &SessionKey, tier: Tier) -> Result<Verdict, Error> {
         self.settled(key).await?;
         let info = self.get(key).await?;
-        match tier {
-            Tier::Hbm => return Ok(verdict(Outcome::Rejected, "HBM is the warmest tier: use prefetch")),
-            Tier::Peer => {
-                return Ok(verdict(Outcome::Rejected, "the cluster has no other node to hold the bytes"));
-            }
-            Tier::Pinned => {}
+        if tier == Tier::Hbm {
+            return Ok(verdict(Outcome::Rejected, "HBM is the warmest tier: use prefetch"));
         }
         if let Some(lease) = info.lease {
             return Ok(verdict(Outcome::Rejected, format!("the session is leased ({})", lease.id)));
@@ -473,6 +485,15 @@ impl Handle {
             return Ok(verdict(Outcome::Missing, format!("the session is cold ({reason})")));
         }
         let mut freed = Bytes::ZERO;
+        if tier == Tier::Peer {
+            let pinned = self.tiers(&info.manifest, Bytes::ZERO).pinned;
+            let permit = self.admit()?;
+            match self.ask(key, Verb::Demote, Vec::new(), Some(permit)).await {
+                Ok(_) => freed += pinned,
+                Err(Error::Refused(Refusal::Conflict(why))) => return Ok(verdict(Outcome::Rejected, why)),
+                Err(error) => return Err(error),
+            }
+        }
         for (index, gpu) in self.links().gpus().into_iter().enumerate() {
             let (reply, gone) = oneshot::channel();
             if gpu.cast(GpuMsg::Demote { key: key.clone(), reply }).is_ok()

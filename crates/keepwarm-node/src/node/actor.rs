@@ -57,7 +57,8 @@ impl Actor for NodeActor {
         let inner = handle.inner();
         let residency = residency(&state.handle, pinned.figures().reserved, false);
         let links = Arc::clone(&inner.links);
-        let args = PinnedArgs { arena: pinned, residency, links, metrics: Arc::clone(&inner.metrics) };
+        let (low, metrics) = (inner.config.pinned.low, Arc::clone(&inner.metrics));
+        let args = PinnedArgs { arena: pinned, residency, low, links, metrics };
         let (actor, _) = Actor::spawn_linked(None, PinnedActor, args, supervisor.clone()).await?;
         state.children.insert(actor.get_id(), Child::Pinned);
         inner.links.set_pinned(actor);
@@ -163,5 +164,8 @@ fn residency(handle: &Handle, capacity: Bytes, inclusive: bool) -> Residency {
     let config = &handle.inner().config;
     let tier = if inclusive { config.hbm } else { config.pinned };
     let shares = config.tenants.iter().map(|tenant| (tenant.name.clone(), tenant.share)).collect();
-    Residency::new(ResidencySettings { capacity, low: tier.low, high: tier.high, inclusive, shares })
+    // With more nodes than copies a set has replicas that hold no bytes and may take some.
+    let movable = !inclusive && config.nodes.len() > config.replication as usize;
+    let (low, high) = (tier.low, tier.high);
+    Residency::new(ResidencySettings { capacity, low, high, inclusive, movable, shares })
 }

@@ -7,7 +7,7 @@ use keepwarm_memory::Arena;
 use keepwarm_types::{Bytes, Millis, Tier};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
-use super::message::{PinnedMsg, Pool};
+use super::message::{PinnedMsg, Pool, Reserve};
 use crate::clock::now;
 use crate::handle::PinnedInfo;
 use crate::links::Links;
@@ -25,6 +25,8 @@ pub(crate) struct PinnedActor;
 pub(crate) struct PinnedArgs {
     pub(crate) arena: Arena,
     pub(crate) residency: Residency,
+    /// The share of the arena that other nodes' sessions may fill while there is room to spare.
+    pub(crate) low: f64,
     pub(crate) links: Arc<Links>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -32,6 +34,7 @@ pub(crate) struct PinnedArgs {
 pub(crate) struct PinnedState {
     room: Room,
     kept: Bytes,
+    spare: Bytes,
     links: Arc<Links>,
     metrics: Arc<Metrics>,
 }
@@ -46,9 +49,11 @@ impl Actor for PinnedActor {
         _: ActorRef<PinnedMsg>,
         args: PinnedArgs,
     ) -> Result<PinnedState, ActorProcessingErr> {
-        let kept = Bytes(args.arena.figures().reserved.0 / KEPT_SHARE);
+        let reserved = args.arena.figures().reserved;
+        let kept = Bytes(reserved.0 / KEPT_SHARE);
+        let spare = reserved.saturating_sub(Bytes((reserved.0 as f64 * args.low) as u64));
         let room = Room::new(args.arena, args.residency, Tier::Pinned);
-        Ok(PinnedState { room, kept, links: args.links, metrics: args.metrics })
+        Ok(PinnedState { room, kept, spare, links: args.links, metrics: args.metrics })
     }
 
     async fn handle(
@@ -60,11 +65,18 @@ impl Actor for PinnedActor {
         let now = now();
         let evictions = match message {
             PinnedMsg::Reserve(reserve) => {
-                let kept = if reserve.pool == Pool::Client { state.kept } else { Bytes::ZERO };
-                let (owner, sizes) = (reserve.owner, reserve.sizes);
-                state
-                    .room
-                    .want(now, Want { owner, sizes, kept, deadline: reserve.deadline, reply: reserve.reply })
+                let kept = match reserve.pool {
+                    Pool::Client => state.kept,
+                    Pool::Spare => state.spare,
+                    Pool::Restore | Pool::SpillIn | Pool::ReplicaIn => Bytes::ZERO,
+                };
+                let Reserve { owner, pool, sizes, deadline, reply } = reserve;
+                let want = Want { owner, sizes, kept, deadline, reply };
+                if pool == Pool::Spare {
+                    state.room.at_once(want);
+                    return Ok(());
+                }
+                state.room.want(now, want)
             }
             PinnedMsg::Reside(residence) if residence.bytes == Bytes::ZERO => {
                 state.room.on(now, ResidencyEvent::Gone(residence.key))

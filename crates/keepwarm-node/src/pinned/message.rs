@@ -19,6 +19,8 @@ pub(crate) enum Pool {
     SpillIn,
     /// Another node's bytes, of which this one is to keep a copy: it has them at once or not at all.
     ReplicaIn,
+    /// Bytes that another holder has no room for: at once, below the low watermark, and nobody leaves for them.
+    Spare,
 }
 
 /// Blocks that somebody wants.

@@ -11,7 +11,7 @@ use keepwarm_core::shard::{
     Answer, Command, PersistError, Record, Refusal, Request, RequestId, Ticket, Verb,
 };
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, ColdReason, InstanceId, SessionKey, Timestamp};
+use keepwarm_types::{Birth, InstanceId, SessionKey, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
@@ -35,15 +35,13 @@ pub(crate) struct ShardArgs {
     pub(crate) deadline: Arc<AtomicU64>,
 }
 
-enum Waiting {
-    Client {
-        guards: Vec<Block>,
-        reply: oneshot::Sender<Result<Answered, Error>>,
-        /// The answer, until it may be given.
-        held: Option<Result<Answered, Error>>,
-        _permit: Option<Permit>,
-    },
-    Eviction(SessionKey),
+/// A client's request.
+struct Waiting {
+    guards: Vec<Block>,
+    reply: oneshot::Sender<Result<Answered, Error>>,
+    /// The answer, until it may be given.
+    held: Option<Result<Answered, Error>>,
+    _permit: Option<Permit>,
 }
 
 pub(crate) struct ShardState {
@@ -75,12 +73,12 @@ impl Actor for ShardActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ShardMsg::Ask(Ask { key, verb, guards, permit, reply }) => {
-                let waiting = Waiting::Client { guards, reply, held: None, _permit: permit };
+                let waiting = Waiting { guards, reply, held: None, _permit: permit };
                 state.ask(&myself, key, verb, waiting);
             }
             ShardMsg::Evict { key, birth, why } => {
                 tracing::debug!(%key, why = why.word(), "eviction proposed");
-                state.evict(&myself, key, birth);
+                state.on(&myself, ReplicaEvent::Evict(key, birth));
             }
             ShardMsg::Durable(ticket, Ok(())) => state.on(&myself, ReplicaEvent::Persisted(ticket)),
             ShardMsg::Durable(ticket, Err((error, records))) => {
@@ -133,22 +131,6 @@ impl ShardState {
         self.on(myself, ReplicaEvent::Request(Request { id, key, verb }));
     }
 
-    /// The pinned tier has no room for the session: the primary decides.
-    fn evict(&mut self, myself: &ActorRef<ShardMsg>, key: SessionKey, birth: Birth) {
-        let waiting = Waiting::Eviction(key.clone());
-        if self.args.core.role() == Role::Primary {
-            let reason = ColdReason::Evicted;
-            self.ask(myself, key, Verb::GoCold { birth, reason, force: false }, waiting);
-            return;
-        }
-        if let Some(envelope) = self.args.core.ask_to_evict(&key, birth) {
-            peers::send(&self.args.handle, envelope);
-        }
-        if let Ok(pinned) = self.args.handle.links().pinned() {
-            let _ = pinned.cast(PinnedMsg::EvictRefused(key));
-        }
-    }
-
     fn on(&mut self, myself: &ActorRef<ShardMsg>, event: ReplicaEvent) {
         let office = self.args.core.role() == Role::Primary;
         let commands = self.args.core.on(now(), event);
@@ -182,18 +164,12 @@ impl ShardState {
             ReplicaCommand::Reply(request, result) => self.reply(request, result),
             ReplicaCommand::Hold(request, result) => {
                 let answered = self.answered(result);
-                if let Some(Waiting::Client { held, .. }) = self.waiting.get_mut(&request) {
-                    *held = Some(answered);
-                }
-                // An eviction's answer is for the pinned tier alone: it may know it at once.
-                if let Some(Waiting::Eviction(_)) = self.waiting.get(&request) {
-                    self.reply(request, Err(Refusal::Moving("it is being confirmed")));
+                if let Some(waiting) = self.waiting.get_mut(&request) {
+                    waiting.held = Some(answered);
                 }
             }
             ReplicaCommand::Deliver(request) => {
-                if let Some(Waiting::Client { reply, held: Some(answered), .. }) =
-                    self.waiting.remove(&request)
-                {
+                if let Some(Waiting { reply, held: Some(answered), .. }) = self.waiting.remove(&request) {
                     // A client that has gone away needs no answer.
                     let _ = reply.send(answered);
                 }
@@ -203,22 +179,27 @@ impl ShardState {
             ReplicaCommand::SendWhole { envelope, candidates } => {
                 peers::send_whole(&self.args.handle, &self.args.catalog, envelope, candidates);
             }
-            ReplicaCommand::Copy { id, to, key, birth, blocks } => {
+            ReplicaCommand::Stays(key) => {
+                if let Ok(pinned) = self.args.handle.links().pinned() {
+                    let _ = pinned.cast(PinnedMsg::EvictRefused(key));
+                }
+            }
+            ReplicaCommand::Copy { id, to, key, birth, blocks, spare } => {
                 let guards = self.guards.all(&blocks, birth);
                 peers::copy(
                     &self.args.handle,
                     myself,
                     self.args.core.set(),
-                    peers::Moved { id, with: to, key, birth, blocks },
+                    peers::Moved { id, with: to, key, birth, blocks, spare },
                     guards,
                 );
             }
-            ReplicaCommand::Fetch { id, from, key, birth, blocks } => {
+            ReplicaCommand::Fetch { id, from, key, birth, blocks, spare } => {
                 peers::fetch(
                     &self.args.handle,
                     myself,
                     self.args.core.set(),
-                    peers::Moved { id, with: from, key, birth, blocks },
+                    peers::Moved { id, with: from, key, birth, blocks, spare },
                 );
             }
             ReplicaCommand::Propose(change) => {
@@ -245,7 +226,7 @@ impl ShardState {
             }
             Command::Invalidate(key, birth) => self.invalidate(&key, birth),
             Command::Ended(key) => self.args.handle.ended(key),
-            Command::Persist(..) | Command::Reply(..) => {
+            Command::Persist(..) | Command::Reply(..) | Command::Again(_) => {
                 tracing::error!("the replica passed on what it carries out itself");
             }
         }
@@ -263,8 +244,8 @@ impl ShardState {
     }
 
     fn adopt(&mut self, request: RequestId, instances: &[InstanceId]) {
-        let Some(Waiting::Client { guards, .. }) = self.waiting.get_mut(&request) else { return };
-        for block in guards.drain(..) {
+        let Some(waiting) = self.waiting.get_mut(&request) else { return };
+        for block in waiting.guards.drain(..) {
             debug_assert!(instances.contains(&block.instance()), "the core adopts what the request brought");
             self.guards.take(block);
         }
@@ -283,19 +264,9 @@ impl ShardState {
     }
 
     fn reply(&mut self, request: RequestId, result: Result<Box<Answer>, Refusal>) {
-        match self.waiting.remove(&request) {
-            Some(Waiting::Client { reply, .. }) => {
-                // A client that has gone away needs no answer.
-                let _ = reply.send(self.answered(result));
-            }
-            Some(Waiting::Eviction(key)) => {
-                if result.is_err()
-                    && let Ok(pinned) = self.args.handle.links().pinned()
-                {
-                    let _ = pinned.cast(PinnedMsg::EvictRefused(key));
-                }
-            }
-            None => {}
+        if let Some(Waiting { reply, .. }) = self.waiting.remove(&request) {
+            // A client that has gone away needs no answer.
+            let _ = reply.send(self.answered(result));
         }
     }
 }

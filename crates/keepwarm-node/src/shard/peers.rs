@@ -1,14 +1,14 @@
 //! What a shard actor has to do with other nodes, as tasks that report back.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use keepwarm_catalog::Catalog;
 use keepwarm_core::registry::{Change, Entry, Member, ReplicaSet, Response};
 use keepwarm_core::replica::{Content, CopyFailed, CopyId, Envelope, Message};
 use keepwarm_core::session::{BlockRef, Manifest, TranscriptDelta};
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, SessionKey, ShardId, Tokens};
+use keepwarm_types::{Birth, Bytes, SessionKey, ShardId, Tokens};
 use ractor::ActorRef;
 
 use super::message::ShardMsg;
@@ -25,6 +25,8 @@ pub(super) struct Moved {
     pub(super) key: SessionKey,
     pub(super) birth: Birth,
     pub(super) blocks: Vec<BlockRef>,
+    /// Whether whoever takes them has to have room to spare.
+    pub(super) spare: bool,
 }
 
 /// A message that cannot be sent is lost; the core sends it again.
@@ -78,20 +80,40 @@ pub(super) fn copy(
         let _ = to.cast(ShardMsg::Copied(moved.id, Err(CopyFailed::Gone)));
         return;
     };
-    let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
+    let (cluster, set, to, handle) = (Arc::clone(cluster), Arc::clone(set), to.clone(), handle.clone());
     tokio::spawn(async move {
-        let pushed = cluster.push(&moved.with, set.generation, &moved.key, moved.birth, guards).await;
-        let _ = to.cast(ShardMsg::Copied(moved.id, pushed.map(|()| Vec::new())));
+        let Moved { id, with, key, birth, spare, .. } = moved;
+        let bytes = guards.iter().map(|block| Bytes(block.length() as u64)).sum();
+        let started = Instant::now();
+        let pushed = cluster.push(&with, set.generation, &key, birth, guards, spare).await;
+        if spare && pushed.is_ok() {
+            handle.note_move(
+                &key,
+                "pinned",
+                &format!("peer:{}", with.node),
+                bytes,
+                "room",
+                started.elapsed(),
+            );
+        }
+        let _ = to.cast(ShardMsg::Copied(id, pushed.map(|()| Vec::new())));
     });
 }
 
 /// Fetches blocks from another node.
 pub(super) fn fetch(handle: &Handle, to: &ActorRef<ShardMsg>, set: &Arc<ReplicaSet>, moved: Moved) {
     let Some(cluster) = handle.cluster_link() else { return };
-    let (cluster, set, to) = (Arc::clone(cluster), Arc::clone(set), to.clone());
+    let (cluster, set, to, handle) = (Arc::clone(cluster), Arc::clone(set), to.clone(), handle.clone());
     tokio::spawn(async move {
-        let pulled = cluster.pull(&moved.with, set.generation, &moved.key, moved.birth, moved.blocks).await;
-        let _ = to.cast(ShardMsg::Copied(moved.id, pulled));
+        let Moved { id, with, key, birth, blocks, spare } = moved;
+        let started = Instant::now();
+        let pulled = cluster.pull(&with, set.generation, &key, birth, blocks, spare).await;
+        if let Ok(pulled) = &pulled {
+            let bytes = pulled.iter().map(|block| Bytes(block.length() as u64)).sum();
+            let why = if spare { "room" } else { "fetch" };
+            handle.note_move(&key, &format!("peer:{}", with.node), "pinned", bytes, why, started.elapsed());
+        }
+        let _ = to.cast(ShardMsg::Copied(id, pulled));
     });
 }
 

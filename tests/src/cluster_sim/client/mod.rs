@@ -87,7 +87,7 @@ impl Client {
             }
             return;
         };
-        match self.world.below(21) {
+        match self.world.below(23) {
             0..7 => self.append(&key, &manifest, None, true).await,
             7..9 => self.replace(&key, &manifest).await,
             9..12 => self.turn(&key, &manifest).await,
@@ -95,6 +95,7 @@ impl Client {
             13 | 14 => self.fork(&key).await,
             15 if self.world.below(2) == 0 => self.delete(&key).await,
             16 if self.world.below(2) == 0 => self.evict(&key, &manifest).await,
+            17 | 18 => self.demote(&key).await,
             _ => drop(self.read(&key).await),
         }
     }

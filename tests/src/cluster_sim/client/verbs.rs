@@ -168,6 +168,11 @@ impl Client {
         }
     }
 
+    /// Another replica shall hold what the owner holds: nothing may be lost by that.
+    pub(super) async fn demote(&mut self, key: &SessionKey) {
+        let _ = self.ask(key, || Verb::Demote).await;
+    }
+
     pub(super) async fn evict(&mut self, key: &SessionKey, manifest: &Manifest) {
         let birth = manifest.birth;
         self.world.with(|world| world.promises.evicting(key));

@@ -121,6 +121,7 @@ impl Bench {
                     }
                 }
                 Command::Reside(_) | Command::Ended(_) => {}
+                Command::Again(request) => panic!("a shard alone lacks bytes for {request:?}"),
                 Command::Invalidate(_, birth) => self.invalidated.push(birth),
                 Command::Reply(id, reply) => {
                     assert!(self.replies.insert(id, reply).is_none(), "{id:?} answered twice");
