@@ -189,10 +189,9 @@ fn python_client(root: &Path) -> Outcome {
 }
 
 /// Tests that run on any device; the memory crate's own suite goes over the host's and softcuda by itself.
-const DEVICE_SUITES: &str =
-    "package(keepwarm-node) + package(keepwarm-engine) + binary(api) + binary(archives)";
+const DEVICE_SUITES: &str = "package(keepwarm-node) + package(keepwarm-engine) + test(/^(api|archives)::/)";
 /// And on a real one.
-const GPU_SUITES: &str = "package(keepwarm-memory) + package(keepwarm-node) + package(keepwarm-engine) + binary(api) + binary(archives)";
+const GPU_SUITES: &str = "package(keepwarm-memory) + package(keepwarm-node) + package(keepwarm-engine) + test(/^(api|archives)::/)";
 
 /// The kernels for the CPU, beside this program.
 fn softcuda_kernels(root: &Path) -> Result<PathBuf> {

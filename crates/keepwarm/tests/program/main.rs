@@ -1,0 +1,7 @@
+//! The binary as its users run it: one program of tests, which links the system once.
+
+mod chaos;
+mod cluster_files;
+mod gpus;
+mod process;
+mod tiers;

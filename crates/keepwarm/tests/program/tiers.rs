@@ -1,0 +1,110 @@
+//! From pinned memory to peers and back: three nodes, one of which owns more sessions than fit into its memory.
+
+use keepwarm_client::{
+    Client, Form, Layout, NewSession, PartBody, PartLayout, Placement, Protect, Session, State, WriteOptions,
+    Written,
+};
+use keepwarm_tests::chaos::cluster::Cluster;
+use keepwarm_types::{Durability, Outcome, Source, Tier};
+use uuid::Uuid;
+
+/// Bytes of each session. Each node of the cluster has 64 MiB of pinned memory.
+const SESSION_BYTES: usize = 4 << 20;
+/// Sessions of one owner: 72 MiB, where 64 MiB are pinned, of which clients may fill 95 %; with their second copies all nodes
+/// together have 144 of 192 MiB full.
+const SESSIONS: usize = 18;
+const PART: &str = "state";
+const OWNER: &str = "n1";
+
+/// Bytes that no other session has.
+fn bytes(id: Uuid) -> Vec<u8> {
+    let word = id.as_u128().to_le_bytes();
+    word.iter().copied().cycle().take(SESSION_BYTES).collect()
+}
+
+fn new(id: Uuid) -> NewSession {
+    let parts = vec![PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None } }];
+    let layout = Layout { model: "m".to_owned(), fingerprint: "f".to_owned(), parts };
+    let mut session = NewSession::new(layout);
+    (session.id, session.protect_s) = (id, Some(Protect::Seconds(3600.0)));
+    session
+}
+
+/// Ids whose shards one node owns.
+async fn owned(client: &Client) -> Vec<Uuid> {
+    let map = client.shards().await.expect("any node knows the map");
+    let ids = std::iter::repeat_with(Uuid::now_v7).filter(|id| map.owner(*id) == Some(OWNER));
+    ids.take(SESSIONS).collect()
+}
+
+fn held_by_owner(session: &Session) -> bool {
+    session.holders.iter().any(|holder| holder == OWNER)
+}
+
+//= GUARANTEES.md#G6
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn protected_sessions_beyond_their_owners_memory_move_to_peers_and_come_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = env!("CARGO_BIN_EXE_keepwarm");
+    let cluster = Cluster::start(program.as_ref(), folder.path(), 3).await.expect("the cluster starts");
+    let client = Client::new(&cluster.nodes[0].url).expect("its address");
+    let ids = owned(&client).await;
+    for id in &ids {
+        client.create(&new(*id)).await.expect("a session");
+        let body = PartBody::from(bytes(*id));
+        let written = client.put_part(*id, PART, body, &WriteOptions::default()).await;
+        let written = written.expect("there is room in the cluster, though not at its owner");
+        let full = matches!(written, Written::Committed { durability: Durability::Full, .. });
+        assert!(full, "two copies: {written:?}");
+    }
+    let mut away = Vec::new();
+    for id in &ids {
+        let session = client.session(*id).await.expect("it is there");
+        assert_eq!((session.state, session.holders.len()), (State::Warm, 2), "{session:?}");
+        assert_eq!(session.owner, OWNER);
+        if !held_by_owner(&session) {
+            assert_eq!((session.tiers.pinned, session.tiers.peer), (0, SESSION_BYTES as u64));
+            away.push(*id);
+        }
+    }
+    assert!(away.len() >= 3, "the owner has room for 15: {} of {} are with peers", away.len(), ids.len());
+    // Whoever is read comes back, and others make room for it, over and over.
+    for id in ids.iter().chain(&ids) {
+        let read = client.part(*id, PART).await.expect("warm").bytes().await.expect("whole");
+        assert!(read == bytes(*id), "{id} has other bytes");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_was_demoted_to_peers_runs_from_there() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = env!("CARGO_BIN_EXE_keepwarm");
+    let cluster = Cluster::start(program.as_ref(), folder.path(), 3).await.expect("the cluster starts");
+    let client = Client::new(&cluster.nodes[0].url).expect("its address");
+    let id = owned(&client).await[0];
+    client.create(&new(id)).await.expect("a session");
+    let body = PartBody::from(bytes(id));
+    client.put_part(id, PART, body, &WriteOptions::default()).await.expect("written");
+    let activate = async || client.activate(id, &Placement::default(), None).await.expect("there is a GPU");
+    let first = activate().await;
+    assert_eq!(first.source, Source::Pinned);
+    let leased = client.demote(id, Tier::Peer).await.expect("an answer");
+    assert_eq!(leased.outcome, Outcome::Rejected, "it is leased: {leased:?}");
+    client.release(id, first.lease.id).await.expect("released");
+    let demoted = client.demote(id, Tier::Peer).await.expect("an answer");
+    assert_eq!(demoted.outcome, Outcome::Accepted, "{demoted:?}");
+    let session = client.session(id).await.expect("it is there");
+    assert!(!held_by_owner(&session), "{session:?}");
+    assert_eq!((session.tiers.hbm, session.tiers.pinned), (0, 0), "{session:?}");
+    assert_eq!(session.tiers.peer, SESSION_BYTES as u64);
+    let second = activate().await;
+    assert_eq!((second.source, second.bytes_moved), (Source::Peer, SESSION_BYTES as u64));
+    client.release(id, second.lease.id).await.expect("released");
+    let moves = client.explain(id).await.expect("its moves").moves;
+    let moves: Vec<_> = moves.iter().map(|step| (step.from.as_str(), step.to.as_str())).collect();
+    assert!(moves.iter().any(|(from, to)| *from == "pinned" && to.starts_with("peer:")), "{moves:?}");
+    assert!(moves.iter().any(|(from, to)| from.starts_with("peer:") && *to == "pinned"), "{moves:?}");
+    let back = client.prefetch(id, Tier::Pinned).await.expect("an answer");
+    assert_eq!(back.outcome, Outcome::Accepted);
+    assert!(held_by_owner(&client.session(id).await.expect("it is there")));
+}
