@@ -21,6 +21,9 @@ use crate::routes::Routes;
 /// How long a call may take, retries included, where the builder does not say: a cold model may need tens
 /// of seconds before its first token.
 const DEADLINE_DEFAULT: Duration = Duration::from_secs(120);
+/// How long a node may take to begin its answer to a read where another could be asked: longer than a take-over, and
+/// than the fetch of a session's bytes from another node commonly takes.
+const PATIENCE_DEFAULT: Duration = Duration::from_secs(3);
 /// How long a streamed answer may be silent. The server keeps streams alive every 15 s.
 const STALL_MAX: Duration = Duration::from_secs(60);
 /// Sendings of one call. With pauses of 50, 100, 200 and 400 ms that bridges most of a second, what a
@@ -36,6 +39,8 @@ const JSON_BYTES_MAX: usize = 64 << 20;
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// How long a call waits for the shard map that it would be sent by; without it, it goes the old way.
 const MAP_MAX: Duration = Duration::from_secs(2);
+/// How long one node may take to tell it.
+const MAP_TRY: Duration = Duration::from_millis(500);
 /// On an answer about a session.
 const OWNER: &str = "keepwarm-owner";
 /// On one that another node than the asked one gave.
@@ -52,6 +57,7 @@ struct Inner {
     routes: Routes,
     token: Option<HeaderValue>,
     deadline: Duration,
+    patience: Duration,
     attempts: u32,
 }
 
@@ -69,6 +75,7 @@ pub struct ClientBuilder {
     straight: bool,
     token: Option<String>,
     deadline: Duration,
+    patience: Duration,
     attempts: u32,
 }
 
@@ -99,6 +106,14 @@ impl ClientBuilder {
     #[must_use]
     pub const fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// How long a node may take to begin its answer before another one that is known is asked, where asking twice is as
+    /// asking once: reads. 3 s where this is not called. A node that is stopped takes connections and answers nothing.
+    #[must_use]
+    pub const fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -139,6 +154,7 @@ impl ClientBuilder {
             routes: Routes::new(seeds, self.straight),
             token: token.transpose()?,
             deadline: self.deadline,
+            patience: self.patience,
             attempts: self.attempts,
         };
         Ok(Client { inner: Arc::new(inner) })
@@ -219,6 +235,7 @@ impl Client {
             straight: true,
             token: None,
             deadline: DEADLINE_DEFAULT,
+            patience: PATIENCE_DEFAULT,
             attempts: ATTEMPTS_MAX,
         }
     }
@@ -335,16 +352,24 @@ impl Call<'_> {
                 Target::Any => routes.candidates(None),
                 Target::Session(id) => routes.candidates(Some(id)),
             };
-            let node = nodes.iter().find(|node| !failed.contains(*node));
-            let node = node.unwrap_or_else(|| {
+            let open: Vec<_> = nodes.iter().filter(|node| !failed.contains(*node)).collect();
+            let node = open.first().copied().unwrap_or_else(|| {
                 failed.clear();
                 &nodes[0]
             });
-            let error = match self.send_once(node, deadline).await {
+            let until = if open.len() > 1 && self.may_lose_patience() && self.may_retry(attempt) {
+                deadline.min(Instant::now() + self.client.inner.patience)
+            } else {
+                deadline
+            };
+            let error = match self.send_once(node, until).await {
                 Ok(response) => return Ok(response),
                 Err(error) => error,
             };
-            let Some(pause) = self.pause_before_retry(&error, attempt) else { return Err(error) };
+            let impatient = matches!(error, ClientError::Deadline { .. }) && Instant::now() < deadline;
+            let pause =
+                if impatient { Some(Duration::ZERO) } else { self.pause_before_retry(&error, attempt) };
+            let Some(pause) = pause else { return Err(error) };
             if Instant::now() + pause >= deadline {
                 return Err(error);
             }
@@ -393,9 +418,18 @@ impl Call<'_> {
         within(deadline, inner.deadline, url, sent).await
     }
 
+    /// Whether the call may be given to another node while this one may still be at work on it: it only reads.
+    fn may_lose_patience(&self) -> bool {
+        self.method == Method::GET
+    }
+
+    fn may_retry(&self, attempt: u32) -> bool {
+        self.retries && attempt < self.client.inner.attempts && self.payload.can_send()
+    }
+
     /// How long to wait before the call is sent again; none where it must not be.
     fn pause_before_retry(&self, error: &ClientError, attempt: u32) -> Option<Duration> {
-        if !self.retries || attempt >= self.client.inner.attempts || !self.payload.can_send() {
+        if !self.may_retry(attempt) {
             return None;
         }
         let pause = jittered(PAUSE_FIRST * 2u32.pow(attempt - 1));
@@ -421,6 +455,7 @@ impl Call<'_> {
 async fn look_up(client: Client, deadline: Instant) {
     let until = deadline.min(Instant::now() + MAP_MAX);
     for node in client.inner.routes.candidates(None) {
+        let until = until.min(Instant::now() + MAP_TRY);
         let mut call = client.call(Method::GET, &["v1", "cluster", "shards"]);
         let Ok(response) = call.send_once(&node, until).await else { continue };
         let url = response.url().to_string();

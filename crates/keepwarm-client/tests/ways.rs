@@ -20,6 +20,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Debug, Default)]
 struct Shared {
     owner: usize,
+    /// Takes connections and answers nothing, as a stopped process.
+    stopped: Option<usize>,
     http: Vec<String>,
     /// Who was asked what, in order; with the token.
     asked: Vec<(usize, String, Option<String>)>,
@@ -59,6 +61,9 @@ fn session(id: &str) -> Value {
 }
 
 async fn handle(State((me, shared)): State<(usize, Arc<Mutex<Shared>>)>, request: Request) -> Response {
+    if shared.lock().unwrap().stopped == Some(me) {
+        std::future::pending::<()>().await;
+    }
     let mut shared = shared.lock().unwrap();
     let path = request.uri().path().to_owned();
     let token = request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
@@ -138,6 +143,28 @@ fn calls_go_straight_to_the_owner_and_on_to_the_next_when_it_dies() {
     });
     let asked = cluster.asked();
     assert!(asked.iter().all(|(.., token)| token.as_deref() == Some("Bearer secret")), "{asked:?}");
+}
+
+#[test]
+fn a_node_that_takes_the_call_and_never_answers_is_left_for_another() {
+    let cluster = Cluster::start(3, 1);
+    let id = Uuid::now_v7();
+    let client =
+        Client::builder(&cluster.nodes[0].url).patience(Duration::from_millis(300)).deadline(DEADLINE);
+    let client = client.build().unwrap();
+    Runtime::new().unwrap().block_on(async {
+        cluster.straight_to(1, &client, id).await;
+        {
+            let mut shared = cluster.shared.lock().unwrap();
+            (shared.stopped, shared.owner) = (Some(1), 2);
+        }
+        cluster.straight_to(2, &client, id).await;
+        // Who is the only one that can be asked is waited for.
+        let alone = Client::builder(&cluster.nodes[1].url).patience(Duration::from_millis(1));
+        let alone = alone.fixed().deadline(Duration::from_millis(200)).build().unwrap();
+        let waited = alone.session(id).await;
+        assert!(matches!(waited, Err(keepwarm_client::ClientError::Deadline { .. })), "{waited:?}");
+    });
 }
 
 #[test]
