@@ -14,6 +14,7 @@ mod engine;
 mod gpu;
 mod parts;
 mod peers;
+mod redis_tls;
 mod registry;
 mod restore;
 mod resume;

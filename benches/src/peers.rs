@@ -1,5 +1,5 @@
 //! Bytes between two processes over loopback: keepwarm's links, beside a bare quinn sender and receiver with the same
-//! certificates, datagrams and windows.
+//! certificates, datagrams and windows, and beside Redis through TLS with the same cipher.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -13,6 +13,7 @@ use keepwarm_transport::{Class, Frame, Incoming, PeerId, Transport};
 use keepwarm_types::{Incarnation, NodeName};
 use keepwarm_wire::Versions;
 
+use crate::redis_tls::RedisTls;
 use crate::{ROUNDS, median};
 
 /// Says to this program that it is the receiving process, and of which side.
@@ -122,14 +123,16 @@ impl Receiver {
 
     /// Seconds on a processor, of both processes.
     fn seconds(&self) -> f64 {
-        let of = |process: &str| {
-            let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-            let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-            // User and system time are the 14th and 15th field; the 3rd is the first after the name.
-            (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / TICKS_PER_SECOND
-        };
-        of("self") + of(&self.0.id().to_string())
+        seconds_of("self") + seconds_of(&self.0.id().to_string())
     }
+}
+
+/// Seconds that a process has been on a processor.
+pub(crate) fn seconds_of(process: &str) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    // User and system time are the 14th and 15th field; the 3rd is the first after the name.
+    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / TICKS_PER_SECOND
 }
 
 impl Drop for Receiver {
@@ -205,22 +208,34 @@ impl Sender {
     }
 }
 
-/// GB/s and CPU seconds per GB, of bare quinn and of the links.
-type Round = ((f64, f64), (f64, f64));
+/// GB/s and CPU seconds per GB.
+type Figures = (f64, f64);
+
+/// Of bare quinn, of the links and of Redis, where there is one.
+type Round = (Figures, Figures, Option<Figures>);
 
 /// Runs it.
 pub(crate) fn run() {
     let (theirs, ours) = (Receiver::spawn("bare"), Receiver::spawn("links"));
+    let redis = RedisTls::start();
+    if let Err(why) = &redis {
+        println!("skipped: Redis through TLS ({why})");
+    }
     runtime().block_on(async {
         let (bare, links) = (Sender::bare(&theirs).await, Sender::links(&ours).await);
         let piece = Bytes::from(vec![7; OBJECT_BYTES]);
-        for (word, shape) in
-            [("one long stream", Shape::LongStream), ("a stream per 2 MiB", Shape::StreamPerObject)]
-        {
+        // One connection of Redis's is its one long stream; several are its objects side by side.
+        let shapes = [
+            ("one long stream", Shape::LongStream, 1),
+            ("a stream per 2 MiB", Shape::StreamPerObject, OBJECTS_AT_ONCE),
+        ];
+        for (word, shape, connections) in shapes {
             let mut rounds = Vec::new();
             for _ in 0..ROUNDS {
                 let b = bare.round(&theirs, &piece, shape).await;
-                rounds.push((b, links.round(&ours, &piece, shape).await));
+                let l = links.round(&ours, &piece, shape).await;
+                let r = redis.as_ref().ok().map(|redis| redis.round(connections, ROUND_BYTES, &piece));
+                rounds.push((b, l, r));
             }
             let of = |pick: &dyn Fn(&Round) -> f64| median(rounds.iter().map(pick).collect());
             println!(
@@ -231,6 +246,16 @@ pub(crate) fn run() {
                 of(&|r| r.1.1),
                 of(&|r| r.1.0 / r.0.0),
             );
+            if redis.is_ok() {
+                let redis = |round: &Round| round.2.unwrap_or((f64::NAN, f64::NAN));
+                println!(
+                    "{:<20} Redis, TLS {:.2} GB/s ({:.2} cpu s/GB)   links / Redis {:.2}",
+                    "",
+                    of(&|r| redis(r).0),
+                    of(&|r| redis(r).1),
+                    of(&|r| r.1.0 / redis(r).0),
+                );
+            }
         }
         let times: Vec<_> = [bare.round_trip().await, links.round_trip().await].into();
         println!("{:<20} bare quinn {:.0} us   links {:.0} us", "request and answer", times[0], times[1]);
