@@ -3,12 +3,11 @@
 //! The loop runs on every voter and acts only while that leads. One plan at a time: the next is made when all entries
 //! of the one before have been answered, and only if something has changed since.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use keepwarm_core::registry::{
-    Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan_apart,
+    Conditions, Detector, DetectorEvent, Entry, Finding, HealthReport, Registry, Response, plan_under,
 };
 use keepwarm_types::{Incarnation, NodeName};
 use tokio::sync::mpsc;
@@ -49,8 +48,8 @@ enum Outcome {
 /// The loop's state while this node leads.
 struct Leading {
     detector: Detector,
-    /// What the last plan was made for: a version, and who does not hear whom.
-    planned_for: Option<(u64, BTreeSet<(NodeName, NodeName)>)>,
+    /// What the last plan was made for: a version, and what it went around.
+    planned_for: Option<(u64, Conditions)>,
     planning: bool,
 }
 
@@ -133,18 +132,19 @@ impl Shared {
                 }
             }
         }
-        let now = (registry.version(), leading.detector.isolated());
+        let now = (registry.version(), leading.detector.conditions());
         if leading.planning || leading.planned_for.as_ref() == Some(&now) {
             return;
         }
         leading.planning = true;
-        let apart = now.1.clone();
+        let conditions = now.1.clone();
         leading.planned_for = Some(now);
         let shared = Arc::clone(self);
         tasks.spawn(async move {
             let expected = shared.settings.expected;
             // Milliseconds for many shards: not on a thread that serves others.
-            let planned = move |registry: Arc<Registry>| plan_apart(&registry, expected, PLAN_MAX, &apart);
+            let planned =
+                move |registry: Arc<Registry>| plan_under(&registry, expected, PLAN_MAX, &conditions);
             let answered = match tokio::task::spawn_blocking(move || planned(registry)).await {
                 Ok(entries) => shared.carry_out(entries).await,
                 Err(_) => false,
@@ -200,12 +200,13 @@ impl Shared {
 
     /// To whoever leads, or the voter whose turn it is; once more to whom that one names.
     async fn send_report(&self, report: HealthReport, turn: usize) {
-        let request = Request::Report((&report).into());
         for _ in 0..2 {
             let Some(to) = self.leader().or_else(|| self.next_voter(turn)) else { return };
             if to == self.settings.node {
                 return;
             }
+            let Some(version) = self.network.link.version(&to) else { return self.set_hint(None) };
+            let request = Request::report(&report, version);
             match self.network.call(&to, &request, REPORT_DEADLINE).await {
                 Ok(Answer::NotLeader(leader)) => {
                     self.set_hint(leader.and_then(|name| name.parse().ok()).filter(|name| *name != to));

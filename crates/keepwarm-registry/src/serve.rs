@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use keepwarm_core::registry::Delta;
+use keepwarm_core::registry::{Delta, Fitness, HealthReport};
 use keepwarm_types::NodeName;
 use openraft::Snapshot;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteRequest};
@@ -46,6 +46,18 @@ impl Shared {
         }
     }
 
+    fn reported(&self, from: &NodeName, report: HealthReport) -> Answer {
+        if report.from != *from {
+            return Answer::Refused(format!("{from} reports as {}", report.from));
+        }
+        if !self.leads() {
+            return Answer::NotLeader(self.leader_text());
+        }
+        // A full queue loses a report that the next one replaces.
+        let _ = self.reports.try_send(report);
+        Answer::Taken
+    }
+
     async fn answer(&self, from: &NodeName, request: Request, bytes: usize) -> Result<Answer, BadBytes> {
         Ok(match request {
             Request::Append { to, .. } | Request::Vote { to, .. } | Request::Snapshot { to, .. } => {
@@ -71,18 +83,10 @@ impl Shared {
                 Tried::Done(version) => Answer::Confirmed(version),
                 other => failed(other),
             },
-            Request::Report(report) => {
-                let report: keepwarm_core::registry::HealthReport = report.try_into()?;
-                if report.from != *from {
-                    return Ok(Answer::Refused(format!("{from} reports as {}", report.from)));
-                }
-                if self.leads() {
-                    // A full queue loses a report that the next one replaces.
-                    let _ = self.reports.try_send(report);
-                    Answer::Taken
-                } else {
-                    Answer::NotLeader(self.leader_text())
-                }
+            Request::Report(report) => self.reported(from, report.try_into()?),
+            Request::Standing { report, leads, learns } => {
+                let report = HealthReport { fitness: Fitness { leads, learns }, ..report.try_into()? };
+                self.reported(from, report)
             }
             Request::Follow { since, wait_ms } => {
                 let delta = self.news(since, wait(wait_ms)).await;

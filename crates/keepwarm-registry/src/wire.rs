@@ -1,11 +1,12 @@
 //! Requests between registries and their answers, as bytes.
 //!
 //! A frame is a version (2 bytes), the cluster's id (16 bytes), then a validated archive. The version is the one that the
-//! link speaks, as in every other payload: a request has its own, and its answer too. Both versions that a node reads
-//! have the same layout here so far; `keepwarm_wire::envelope` says how to make another. A version that this node does
-//! not read, or another cluster, is refused by name, never guessed at.
+//! link speaks, as in every other payload: a request has its own, and its answer too. Version 2 has one request more
+//! ([`Request::Standing`]), behind the others, and is the same otherwise; `keepwarm_wire::envelope` says how to make another.
+//! A version that this node does not read, or another cluster, is refused by name, never guessed at.
 
 use bytes::Bytes;
+use keepwarm_core::registry::HealthReport;
 use keepwarm_wire::{Version, Versions};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -61,6 +62,24 @@ pub(crate) enum Request {
         node: String,
         disk: u128,
     },
+    /// The same as a report, with what the reporter can do. From version 2 on.
+    Standing {
+        report: RawReport,
+        leads: bool,
+        learns: bool,
+    },
+}
+
+impl Request {
+    /// A report, as a reader of this version takes it: of fitness version 1 says nothing, and its leader takes everybody
+    /// for well.
+    pub(crate) fn report(report: &HealthReport, version: Version) -> Self {
+        let raw = RawReport::from(report);
+        if version.number() < 2 {
+            return Self::Report(raw);
+        }
+        Self::Standing { report: raw, leads: report.fitness.leads, learns: report.fitness.learns }
+    }
 }
 
 /// What it answers.

@@ -23,7 +23,21 @@ pub struct Unheard {
     pub silent: Millis,
 }
 
-/// What one node has to say of its peers. Whoever is not listed was heard.
+/// What a process can do, as it says itself, beside holding what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fitness {
+    /// Whether it can run sessions: a session runs where its owner is.
+    pub leads: bool,
+    /// Whether it can take copies of more shards: its disk takes what it is given.
+    pub learns: bool,
+}
+
+impl Fitness {
+    /// Of a process that nothing is wrong with.
+    pub const WELL: Self = Self { leads: true, learns: true };
+}
+
+/// What one node has to say of its peers and of itself. Whoever is not listed was heard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthReport {
     /// Who reports.
@@ -32,6 +46,20 @@ pub struct HealthReport {
     pub from_incarnation: Incarnation,
     /// Peers unheard for longer than [`DetectorSettings::suspect_after`].
     pub unheard: Vec<Unheard>,
+    /// What the reporter can do.
+    pub fitness: Fitness,
+}
+
+/// What the leader's plan has to go around.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conditions {
+    /// Of each pair the first alone does not hear the second: it leads no shard that needs both, for it could commit
+    /// nothing there.
+    pub apart: BTreeSet<(NodeName, NodeName)>,
+    /// Who can run no session leads no shard that another could lead.
+    pub not_leading: BTreeSet<NodeName>,
+    /// Who can take no more copies is no learner.
+    pub not_learning: BTreeSet<NodeName>,
 }
 
 /// When silence counts.
@@ -76,7 +104,7 @@ pub enum Finding {
     /// A process that was taken for failed is well, and has last copies: propose this [`Entry::Return`].
     Returned(Entry),
     /// `accuser` alone does not hear `accused`, whom others hear: it shall not lead shards that need both. Said once;
-    /// [`Detector::isolated`] has it for as long as it stands.
+    /// [`Detector::conditions`] has it for as long as it stands.
     Isolated {
         /// The odd one.
         accuser: NodeName,
@@ -124,10 +152,19 @@ impl Detector {
         }
     }
 
-    /// Who alone does not hear whom, as of the last tick: what [`plan_apart`](super::plan_apart) plans around.
+    /// What [`plan_under`](super::plan_under) goes around, as of the last tick.
     #[must_use]
-    pub fn isolated(&self) -> BTreeSet<(NodeName, NodeName)> {
-        self.isolated.iter().map(|(accuser, accused)| (accuser.0.clone(), accused.0.clone())).collect()
+    pub fn conditions(&self) -> Conditions {
+        let pair = |(accuser, accused): &(Process, Process)| (accuser.0.clone(), accused.0.clone());
+        let who = |unfit: fn(&Fitness) -> bool| {
+            let reports = self.reports.values().map(|(_, report)| report);
+            reports.filter(|report| unfit(&report.fitness)).map(|report| report.from.clone()).collect()
+        };
+        Conditions {
+            apart: self.isolated.iter().map(pair).collect(),
+            not_leading: who(|fitness| !fitness.leads),
+            not_learning: who(|fitness| !fitness.learns),
+        }
     }
 
     /// Takes an event; concludes on ticks alone.

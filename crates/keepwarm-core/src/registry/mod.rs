@@ -26,9 +26,11 @@ mod state;
 
 pub use copyset::copysets;
 pub use delta::{Delta, DeltaError, SetState};
-pub use detector::{Detector, DetectorEvent, DetectorSettings, Finding, HealthReport, Unheard};
+pub use detector::{
+    Conditions, Detector, DetectorEvent, DetectorSettings, Finding, Fitness, HealthReport, Unheard,
+};
 pub use entry::{Applied, Change, Entry, Refused, Registration, Response};
-pub use plan::{ASSIGN_MAX, LEARNERS_MAX, plan, plan_apart};
+pub use plan::{ASSIGN_MAX, LEARNERS_MAX, plan, plan_under};
 pub use sets::REPLICAS_MAX;
 pub use state::{Member, NodeState, NodeStatus, Registry, RegistrySettings, ReplicaSet};
 

@@ -3,11 +3,12 @@
 //! It never promotes a learner: only the shard's primary knows when that has everything. What it takes away, it
 //! takes only where as many copies stay as were promised.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use keepwarm_types::{NodeName, ShardId};
 
 use super::copyset::copysets;
+use super::detector::Conditions;
 use super::entry::{Change, Entry};
 use super::sets::{Place, Set};
 use super::state::{NodeStatus, Registry};
@@ -31,9 +32,18 @@ struct Storing<'a> {
     name: &'a NodeName,
     zone: &'a str,
     draining: bool,
+    leads: bool,
+    learns: bool,
     replicas: usize,
     primaries: usize,
     learning: usize,
+}
+
+impl Storing<'_> {
+    /// Whether it can begin to copy one shard more.
+    const fn takes_more(&self) -> bool {
+        !self.draining && self.learns && self.learning < LEARNERS_MAX
+    }
 }
 
 /// The next entries, at most `limit`, or the first sets of all shards that have none; none where all is as it should
@@ -41,21 +51,15 @@ struct Storing<'a> {
 /// a cluster does not begin on whoever is first.
 #[must_use]
 pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
-    plan_apart(registry, expected, limit, &BTreeSet::new())
+    plan_under(registry, expected, limit, &Conditions::default())
 }
 
-/// As [`plan`], where of each pair in `apart` the first alone does not hear the second: it leads no shard that needs
-/// both, for it could commit nothing there.
+/// As [`plan`], around what cannot be now.
 #[must_use]
-pub fn plan_apart(
-    registry: &Registry,
-    expected: usize,
-    limit: usize,
-    apart: &BTreeSet<(NodeName, NodeName)>,
-) -> Vec<Entry> {
+pub fn plan_under(registry: &Registry, expected: usize, limit: usize, conditions: &Conditions) -> Vec<Entry> {
     let place = |(from, to): &(NodeName, NodeName)| Some((registry.place(from)?, registry.place(to)?));
-    let apart: Apart = apart.iter().filter_map(place).collect();
-    let mut nodes = storing(registry);
+    let apart: Apart = conditions.apart.iter().filter_map(place).collect();
+    let mut nodes = storing(registry, conditions);
     let able = nodes.values().filter(|node| !node.draining).count();
     let wanted = registry.settings.replication + 1;
     let size = wanted.min(able);
@@ -119,18 +123,21 @@ fn share(
 
 /// The fewest replicas of a node that could take more.
 fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
-    let takes = nodes.values().filter(|node| !node.draining && node.learning < LEARNERS_MAX);
+    let takes = nodes.values().filter(|node| node.takes_more());
     takes.map(|node| node.replicas).min()
 }
 
-fn storing(registry: &Registry) -> HashMap<Place, Storing<'_>> {
+fn storing<'r>(registry: &'r Registry, conditions: &Conditions) -> HashMap<Place, Storing<'r>> {
     let mut nodes: HashMap<Place, Storing<'_>> = (0..)
         .zip(&registry.nodes)
         .filter(|(_, node)| node.status != NodeStatus::Down && node.registration.stores)
         .map(|(place, node)| {
             let draining = node.status == NodeStatus::Draining;
             let (name, zone) = (&node.registration.node, node.registration.zone.as_str());
-            (place, Storing { place, name, zone, draining, replicas: 0, primaries: 0, learning: 0 })
+            let leads = !conditions.not_leading.contains(name);
+            let learns = !conditions.not_learning.contains(name);
+            let (replicas, primaries, learning) = (0, 0, 0);
+            (place, Storing { place, name, zone, draining, leads, learns, replicas, primaries, learning })
         })
         .collect();
     for (_, set) in registry.sets.iter() {
@@ -182,8 +189,8 @@ fn next(
         return Some(change);
     }
     if let Some(learner) = set.learner() {
-        // While somebody copies, it waits too, unless that one shall be emptied.
-        let useless = nodes.get(&learner).is_none_or(|node| node.draining);
+        // While somebody copies, it waits too, unless that one shall be emptied or can take nothing.
+        let useless = nodes.get(&learner).is_none_or(|node| node.draining || !node.learns);
         return useless.then_some(Change::DropLearner);
     }
     let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
@@ -219,7 +226,7 @@ fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
 /// Who has least of the nodes that could join the set, one of another zone first.
 fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
     let zones: Vec<_> = set.members().filter_map(|place| nodes.get(&place)).map(|node| node.zone).collect();
-    let free = |node: &&Storing<'_>| !node.draining && !set.has(node.place) && node.learning < LEARNERS_MAX;
+    let free = |node: &&Storing<'_>| node.takes_more() && !set.has(node.place);
     nodes
         .values()
         .filter(free)
@@ -232,7 +239,8 @@ fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
     !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
 }
 
-/// Another replica, where the primary is being emptied, is cut off from one of the set, or leads more than its share.
+/// Another replica, where the primary is being emptied, can run no session, is cut off from one of the set, or leads more
+/// than its share.
 fn better_primary(
     set: &Set,
     primary: Place,
@@ -245,9 +253,9 @@ fn better_primary(
         .skip(1)
         .filter(|place| !cut_off(*place, set, apart))
         .filter_map(|place| nodes.get(&place))
-        .filter(|node| !node.draining)
+        .filter(|node| !node.draining && node.leads)
         .min_by_key(|node| (node.primaries, node.place))?;
-    let unfit = first.draining || cut_off(primary, set, apart);
+    let unfit = first.draining || !first.leads || cut_off(primary, set, apart);
     if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
         nodes.get_mut(&primary)?.primaries -= 1;

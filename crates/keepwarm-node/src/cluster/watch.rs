@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use keepwarm_core::registry::{HealthReport, NodeStatus, Unheard};
+use keepwarm_core::registry::{Fitness, HealthReport, NodeStatus, Unheard};
 use keepwarm_transport::certificate::TlsPaths;
 use keepwarm_transport::quic::QuicTransport;
 use keepwarm_types::Millis;
@@ -106,6 +106,7 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             from: me.node.clone(),
             from_incarnation: me.incarnation,
             unheard,
+            fitness: cluster.node().map_or(Fitness::WELL, |handle| handle.fitness()),
         });
     }
 }

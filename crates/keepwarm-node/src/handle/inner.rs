@@ -2,17 +2,19 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use keepwarm_catalog::Catalog;
 use keepwarm_config::{Config, NodeConfig};
-use keepwarm_core::registry::Member;
+use keepwarm_core::registry::{Fitness, Member};
 use keepwarm_core::session::{Manifest, State};
 use keepwarm_core::shard::{Refusal, Verb};
 use keepwarm_memory::{Block, BlockMut, Device, FaultPlan};
-use keepwarm_types::{Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Owner, SessionKey};
+use keepwarm_types::{
+    Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Owner, SessionKey, Timestamp,
+};
 use ractor::ActorRef;
 use tokio::sync::{broadcast, oneshot, watch};
 
@@ -31,6 +33,8 @@ use crate::shard::{Answered, Ask, ShardMsg};
 
 /// How long another node's bytes wait for room here.
 const REPLICA_ROOM_WAIT: Millis = Millis(500);
+/// How long after the catalog refused records this node takes no copies of more shards.
+const DISK_REST: Millis = Millis(10_000);
 /// Events that a slow reader may be behind before it misses some.
 const EVENTS_KEPT: usize = 1024;
 
@@ -66,6 +70,8 @@ pub(crate) struct Inner {
     pub(super) contexts: Mutex<HashMap<(GpuIndex, String), ContextInfo>>,
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
+    /// When the catalog last refused records; zero where it never did.
+    disk_failed: AtomicU64,
     /// Whether this process may begin anew: the cluster went on without it.
     superseded: AtomicBool,
     fail: watch::Sender<Option<String>>,
@@ -83,6 +89,7 @@ impl Inner {
             checkpoints: Mutex::default(),
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
+            disk_failed: AtomicU64::new(0),
             superseded: AtomicBool::new(false),
             config: parts.config,
             node: parts.node,
@@ -97,6 +104,11 @@ impl Inner {
 }
 
 impl Inner {
+    /// The catalog did not take records.
+    pub(crate) fn note_disk_failure(&self) {
+        self.disk_failed.store(now().0, Ordering::Relaxed);
+    }
+
     /// This process, as manifests and sets name it.
     pub(crate) fn member(&self) -> Member {
         Member { node: self.name.clone(), incarnation: self.incarnation }
@@ -192,6 +204,15 @@ impl Handle {
     pub fn panic_shard(&self, key: &SessionKey) {
         if let Ok(shard) = self.links().shard(key) {
             let _ = shard.cast(ShardMsg::Panic);
+        }
+    }
+
+    /// What this node can do beside holding what it has, for the registry's plan.
+    pub(crate) fn fitness(&self) -> Fitness {
+        let failed = Timestamp(self.inner.disk_failed.load(Ordering::Relaxed));
+        Fitness {
+            leads: self.inner.boards.iter().any(|board| board.healthy()),
+            learns: failed == Timestamp(0) || now().since(failed) >= DISK_REST,
         }
     }
 

@@ -82,6 +82,7 @@ impl Actor for ShardActor {
             }
             ShardMsg::Durable(ticket, Ok(())) => state.on(&myself, ReplicaEvent::Persisted(ticket)),
             ShardMsg::Durable(ticket, Err((error, records))) => {
+                state.args.handle.inner().note_disk_failure();
                 state.on(&myself, ReplicaEvent::PersistFailed(ticket, error, records));
             }
             ShardMsg::Peer(envelope, _permit) => state.on(&myself, ReplicaEvent::Peer(envelope)),

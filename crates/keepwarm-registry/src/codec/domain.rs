@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use keepwarm_core::registry::{
-    Change, Delta, Entry, HealthReport, NodeState, NodeStatus, Refused, Registration, Response, SetState,
-    Unheard,
+    Change, Delta, Entry, Fitness, HealthReport, NodeState, NodeStatus, Refused, Registration, Response,
+    SetState, Unheard,
 };
 use keepwarm_types::{Generation, Incarnation, Millis, NodeName, ShardId, Timestamp};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -423,6 +423,7 @@ impl TryFrom<RawReport> for HealthReport {
             from: name(&raw.from)?,
             from_incarnation: Incarnation(raw.from_incarnation),
             unheard: raw.unheard.into_iter().map(unheard).collect::<Result<_, _>>()?,
+            fitness: Fitness::WELL,
         })
     }
 }

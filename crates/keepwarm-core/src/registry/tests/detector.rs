@@ -4,8 +4,8 @@ use keepwarm_types::{Incarnation, Millis, NodeName, ShardId, Timestamp};
 
 use super::{cluster, down, name, primaries, register, settle};
 use crate::registry::{
-    Change, Detector, DetectorEvent, DetectorSettings, Entry, Finding, HealthReport, Refused, Registry,
-    Response, Unheard, plan_apart,
+    Change, Conditions, Detector, DetectorEvent, DetectorSettings, Entry, Finding, Fitness, HealthReport,
+    Refused, Registry, Response, Unheard, plan_under,
 };
 
 const SUSPECT: Millis = Millis(400);
@@ -28,7 +28,12 @@ fn report(registry: &Registry, from: u16, unheard: &[(u16, Millis)]) -> Detector
         })
         .collect();
     let from_incarnation = incarnation(registry, from);
-    DetectorEvent::Report(HealthReport { from: name(from), from_incarnation, unheard })
+    DetectorEvent::Report(HealthReport {
+        from: name(from),
+        from_incarnation,
+        unheard,
+        fitness: Fitness::WELL,
+    })
 }
 
 fn told(detector: &mut Detector, now: u64, registry: &Registry, reports: &[(u16, &[(u16, Millis)])]) {
@@ -192,22 +197,79 @@ fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused
     told(&mut detector, 90, &registry, &[(1, &[(3, long)]), (2, &[])]);
     assert_eq!(tick(&mut detector, 95, &registry), [isolated], "and again after it had ended");
 
-    let apart = detector.isolated();
-    assert_eq!(apart, [(name(1), name(3))].into());
+    let apart = detector.conditions();
+    assert_eq!(apart, Conditions { apart: [(name(1), name(3))].into(), ..Conditions::default() });
     let mut moved = registry.clone();
     for _ in 0..primaries(&registry)[&name(1)] {
-        let entries = plan_apart(&moved, 3, 1, &apart);
+        let entries = plan_under(&moved, 3, 1, &apart);
         assert!(
             matches!(&entries[..], [Entry::Change { change: Change::MakePrimary(to), .. }] if *to != name(1))
         );
         assert_eq!(moved.apply(&entries[0]).response, Response::Done);
     }
     assert!(!primaries(&moved).contains_key(&name(1)), "every set here has both");
-    assert!(plan_apart(&moved, 3, 64, &apart).iter().all(|entry| {
+    assert!(plan_under(&moved, 3, 64, &apart).iter().all(|entry| {
         matches!(entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(1))
     }));
     settle(&mut moved, 3);
     assert!(primaries(&moved)[&name(1)] >= 5, "its share comes back when it hears again");
+}
+
+#[test]
+fn who_can_run_nothing_leads_nothing_and_who_can_take_nothing_learns_nothing() {
+    let registry = cluster(4, 16, 2);
+    let mut detector = detector();
+    let fit = |leads, learns| Fitness { leads, learns };
+    let report = |detector: &mut Detector, n, fitness| {
+        let (from, from_incarnation) = (name(n), incarnation(&registry, n));
+        let report = HealthReport { from, from_incarnation, unheard: Vec::new(), fitness };
+        detector.on(Timestamp(10), DetectorEvent::Report(report));
+    };
+    report(&mut detector, 1, fit(false, true));
+    report(&mut detector, 2, fit(true, false));
+    let conditions = detector.conditions();
+    assert_eq!(conditions.not_leading, [name(1)].into());
+    assert_eq!(conditions.not_learning, [name(2)].into());
+    let mut moved = registry.clone();
+    for _ in 0..64 {
+        let Some(entry) = plan_under(&moved, 4, 1, &conditions).into_iter().next() else { break };
+        let to_another =
+            matches!(&entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(1));
+        assert!(to_another, "{entry:?}");
+        assert_eq!(moved.apply(&entry).response, Response::Done);
+    }
+    assert!(!primaries(&moved).contains_key(&name(1)));
+    // Where nobody can, the owner stays: it still answers for its sessions.
+    report(&mut detector, 2, fit(false, false));
+    report(&mut detector, 3, fit(false, true));
+    report(&mut detector, 4, fit(false, true));
+    assert_eq!(plan_under(&registry, 4, 64, &detector.conditions()), []);
+    // A node without a disk that takes anything is given no copies, and one that was copying is relieved.
+    let mut short = registry.clone();
+    assert_eq!(down(&mut short, 4, &[1, 3]), Response::Done);
+    let learners = |conditions: &Conditions| {
+        let entries = plan_under(&short, 4, 64, conditions);
+        let to = entries.into_iter().filter_map(|entry| match entry {
+            Entry::Change { change: Change::AddLearner(to), .. } => Some(to),
+            _ => None,
+        });
+        to.collect::<std::collections::BTreeSet<_>>()
+    };
+    assert!(learners(&Conditions::default()).contains(&name(2)), "it would be a learner");
+    let without = Conditions { not_learning: [name(2)].into(), ..Conditions::default() };
+    assert!(!learners(&without).contains(&name(2)));
+    let learning = Entry::Change {
+        shard: ShardId(0),
+        generation: short.set(ShardId(0)).unwrap().generation,
+        change: Change::AddLearner(name(2)),
+    };
+    if short.apply(&learning).response == Response::Done {
+        let entries = plan_under(&short, 4, 64, &without);
+        let dropped = entries.iter().any(|entry| {
+            matches!(entry, Entry::Change { shard: ShardId(0), change: Change::DropLearner, .. })
+        });
+        assert!(dropped, "{entries:?}");
+    }
 }
 
 #[test]
