@@ -7,6 +7,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use futures::channel::oneshot;
 
 use super::event::Progress;
+use super::regions::{FromRegion, IntoRegion};
 use super::steps::{FillJob, Step};
 use super::{DeviceError, GatherJob, Job, ScatterJob, TransferError};
 use crate::guard::{Block, BlockMut};
@@ -47,7 +48,7 @@ pub(super) struct Submission<S: Step> {
 
 impl<S: Step> Submission<S> {
     fn into_targets(self) -> Vec<BlockMut> {
-        self.jobs.into_iter().map(S::into_target).collect()
+        self.jobs.into_iter().filter_map(S::into_target).collect()
     }
 }
 
@@ -62,6 +63,8 @@ pub(super) enum Work {
     Fill(Submission<FillJob>),
     Gather(Submission<GatherJob>),
     Scatter(Submission<ScatterJob>),
+    FromRegion(Submission<FromRegion>),
+    IntoRegion(Submission<IntoRegion>),
 }
 
 impl Work {
@@ -71,6 +74,8 @@ impl Work {
             Self::Fill(submission) => by.run(submission),
             Self::Gather(submission) => by.run(submission),
             Self::Scatter(submission) => by.run(submission),
+            Self::FromRegion(submission) => by.run(submission),
+            Self::IntoRegion(submission) => by.run(submission),
         }
     }
 
@@ -80,6 +85,8 @@ impl Work {
             Self::Fill(submission) => submission.into_targets(),
             Self::Gather(submission) => submission.into_targets(),
             Self::Scatter(submission) => submission.into_targets(),
+            Self::FromRegion(submission) => submission.into_targets(),
+            Self::IntoRegion(submission) => submission.into_targets(),
         }
     }
 }

@@ -8,10 +8,10 @@ use crate::fault::FaultPlan;
 use crate::guard::{Block, BlockMut, next_instance};
 
 /// Bytes that are copied and then hashed while they are still in the first-level cache; whole chunks.
-const COPY_STEP: usize = 4 * CHUNK_BYTES;
+pub(super) const COPY_STEP: usize = 4 * CHUNK_BYTES;
 
-/// A step's end: what it made, or why there is nothing, with the target back.
-pub(super) type Ended<S> = Result<<S as Step>::Done, (DeviceError, BlockMut)>;
+/// A step's end: what it made, or why there is nothing, with the target back, if it was a block.
+pub(super) type Ended<S> = Result<<S as Step>::Done, (DeviceError, Option<BlockMut>)>;
 
 /// What a device that is not the host needs to know of a step.
 #[cfg(feature = "cuda")]
@@ -38,8 +38,8 @@ pub(super) trait Step: Moves + Send + Sized + 'static {
     /// Does it. Sources are let go before it returns.
     fn run(self, faults: &FaultPlan) -> Ended<Self>;
 
-    /// The target of a step that was not done.
-    fn into_target(self) -> BlockMut;
+    /// The target of a step that was not done, if it is a block.
+    fn into_target(self) -> Option<BlockMut>;
 
     /// The target of a step that was done, where it can still be written.
     fn regain(_done: Self::Done) -> Option<BlockMut> {
@@ -73,13 +73,13 @@ impl Step for Job {
         }
         let (expected, found) = (source.checksum(), hasher.finish());
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         Ok(target.seal_copy(&source))
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -105,8 +105,8 @@ impl Step for FillJob {
         seal_filled(target, byte, found)
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -115,7 +115,7 @@ pub(super) fn seal_filled(
     target: BlockMut,
     byte: u8,
     found: BlockChecksum,
-) -> Result<Block, (DeviceError, BlockMut)> {
+) -> Result<Block, (DeviceError, Option<BlockMut>)> {
     let mut hasher = BlockHasher::default();
     let (pattern, length) = ([byte; CHUNK_BYTES], target.capacity());
     for at in (0..length).step_by(CHUNK_BYTES) {
@@ -123,7 +123,7 @@ pub(super) fn seal_filled(
     }
     target
         .seal_received(next_instance(), hasher.finish(), found)
-        .map_err(|(target, corrupt)| (corrupt.into(), target))
+        .map_err(|(target, corrupt)| (corrupt.into(), Some(target)))
 }
 
 impl Step for GatherJob {
@@ -160,7 +160,7 @@ impl Step for GatherJob {
         let (stride, used) = (shape.tokens_per_block * shape.token_bytes, tokens * shape.token_bytes);
         // The packed block gets a checksum of its own: what is broken before must not come out as sound.
         if let Some(corrupt) = sources.iter().find_map(|source| source.verify().err()) {
-            return Err((corrupt.into(), target));
+            return Err((corrupt.into(), Some(target)));
         }
         let length = shape.packed_bytes(tokens);
         let packed = &mut target.bytes_mut()[..length];
@@ -177,13 +177,13 @@ impl Step for GatherJob {
         let (expected, found) = (hasher.finish(), block_checksum(packed));
         if expected != found {
             let instance = sources.first().expect("a shape without planes is refused").instance();
-            return Err((Corrupt { instance, expected, found }.into(), target));
+            return Err((Corrupt { instance, expected, found }.into(), Some(target)));
         }
         Ok(target.into_block(length, next_instance(), found))
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -218,13 +218,13 @@ impl Step for ScatterJob {
         working.chunks_exact(stride).for_each(|plane| hasher.update(&plane[..used]));
         let (expected, found) = (source.checksum(), hasher.finish());
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         Ok(target)
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 
     fn regain(done: BlockMut) -> Option<BlockMut> {
@@ -233,7 +233,7 @@ impl Step for ScatterJob {
 }
 
 /// Bytes of a plane, of a full block, and of a packed one of `tokens`; none overflows, the first two are not zero.
-fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
+pub(super) fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
     let PlaneShape { planes, tokens_per_block, token_bytes } = *shape;
     let stride = tokens_per_block.checked_mul(token_bytes);
     let block = stride.and_then(|stride| stride.checked_mul(planes));
@@ -249,7 +249,7 @@ fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
     Ok([stride, block, shape.packed_bytes(tokens)])
 }
 
-fn room(target: &BlockMut, source_bytes: usize) -> Result<(), DeviceError> {
+pub(super) fn room(target: &BlockMut, source_bytes: usize) -> Result<(), DeviceError> {
     if target.capacity() < source_bytes {
         return Err(DeviceError::Size { target: target.capacity(), source_bytes });
     }

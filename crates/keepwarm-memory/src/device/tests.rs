@@ -2,6 +2,10 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+mod peer;
+mod regions;
+#[cfg(feature = "cuda")]
+mod regions_cuda;
 mod streams;
 
 use std::sync::Arc;

@@ -146,6 +146,14 @@ pub struct CudaFound {
     pub pools: bool,
 }
 
+impl CudaFound {
+    /// Whether that is its UUID, with a prefix or without.
+    pub(super) fn has_uuid(&self, uuid: &str) -> bool {
+        let plain = uuid.strip_prefix("GPU-").or_else(|| uuid.strip_prefix("MIG-")).unwrap_or(uuid);
+        self.uuid.eq_ignore_ascii_case(plain)
+    }
+}
+
 /// `CUDA_MEMCPY2D` of `cuda.h`.
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -167,6 +175,11 @@ pub(super) struct Copy2d {
     pub(super) bytes: usize,
     pub(super) rows: usize,
 }
+
+/// `CUipcMemHandle` of `cuda.h`, which is passed as it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ForeignHandle(pub(super) [u8; 64]);
 
 macro_rules! table {
     ($($(#[$doc:meta])* $name:ident = $symbol:ident($($argument:ty),*);)*) => {
@@ -223,6 +236,12 @@ table! {
     free = cuMemFree_v2(u64);
     allocate_host = cuMemHostAlloc(*mut *mut c_void, usize, u32);
     free_host = cuMemFreeHost(*mut c_void);
+    register = cuMemHostRegister_v2(*mut c_void, usize, u32);
+    unregister = cuMemHostUnregister(*mut c_void);
+    open_foreign = cuIpcOpenMemHandle_v2(*mut u64, ForeignHandle, u32);
+    close_foreign = cuIpcCloseMemHandle(u64);
+    address_range = cuMemGetAddressRange_v2(*mut u64, *mut usize, u64);
+    pointer_attribute = cuPointerGetAttribute(*mut c_void, c_int, u64);
     stream_create = cuStreamCreate(*mut usize, u32);
     stream_destroy = cuStreamDestroy_v2(usize);
     stream_wait = cuStreamSynchronize(usize);
@@ -379,10 +398,7 @@ impl CudaDriver {
         let devices = self.devices()?;
         let is_it = |found: &&CudaFound| match selector {
             CudaSelector::Number(number) => found.number == *number,
-            CudaSelector::Uuid(uuid) => {
-                let plain = uuid.strip_prefix("GPU-").or_else(|| uuid.strip_prefix("MIG-")).unwrap_or(uuid);
-                found.uuid.eq_ignore_ascii_case(plain)
-            }
+            CudaSelector::Uuid(uuid) => found.has_uuid(uuid),
         };
         let Some(found) = devices.iter().find(is_it).cloned() else {
             let show = |found: &CudaFound| format!("cuda:{} ({}, {})", found.number, found.name, found.uuid);

@@ -134,7 +134,7 @@ struct Batch<S: Step> {
 
 impl<S: Step> Batch<S> {
     fn refuse(mut self, cause: DeviceError) {
-        let targets = self.jobs.into_iter().map(S::into_target).collect();
+        let targets = self.jobs.into_iter().filter_map(S::into_target).collect();
         if let Some(done) = self.done.take() {
             drop(done.send(Err(TransferError { cause, targets })));
         }
@@ -206,7 +206,7 @@ impl<S: Step> Batch<S> {
             let (of_job, rest) = found.split_at(*count);
             found = rest;
             if cause.is_some() {
-                targets.push(job.into_target());
+                targets.extend(job.into_target());
                 continue;
             }
             let ended = match health.next() {
@@ -217,7 +217,7 @@ impl<S: Step> Batch<S> {
                 Ok(done) => made.push(done),
                 Err((why, target)) => {
                     cause = Some(why);
-                    targets.push(target);
+                    targets.extend(target);
                 }
             }
         }

@@ -12,6 +12,7 @@
 mod claim;
 mod context;
 mod driver;
+mod foreign;
 mod kernels;
 mod lane;
 mod moves;
@@ -38,9 +39,13 @@ use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
 use super::health::Health;
 use super::steps::{FillJob, Step};
-use super::{Device, DeviceState, Direction, GatherJob, Job, ScatterJob, Transfer, TransferError};
+use super::{
+    Device, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal, RegionScatterJob,
+    ScatterJob, Transfer, TransferError, regions,
+};
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
+use crate::foreign::{Brought, ForeignRegion, Peer, RegionError};
 use crate::guard::BlockMut;
 use crate::region::Region;
 
@@ -191,6 +196,38 @@ impl Device for CudaDevice {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError> {
         self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {
+        if let DeviceState::Fenced(reason) = self.state() {
+            return Err(RegionError::Driver(format!("the device is fenced: {reason}")));
+        }
+        let bytes = match &brought {
+            Brought::SharedMemory { bytes, .. } | Brought::CudaIpc { bytes, .. } => *bytes,
+        };
+        ForeignRegion::open(peer, self.health.device, bytes, || {
+            foreign::open(&self.context, &self.found, brought)
+        })
+    }
+
+    fn gather_from(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionGatherJob>,
+    ) -> Result<Transfer, RegionRefusal> {
+        regions::gather_from(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::FromRegion)
+        })
+    }
+
+    fn scatter_into(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionScatterJob>,
+    ) -> Result<Transfer<()>, RegionRefusal> {
+        regions::scatter_into(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::IntoRegion)
+        })
     }
 
     fn record(&self, direction: Direction) -> Event {

@@ -24,18 +24,18 @@ use crate::guard::Block;
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `gpu`: the machine's own driver is used instead of softcuda.
-const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
+pub(super) const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
 /// Set in a child process of a test: what it is to do.
 const CHILD: &str = "KEEPWARM_TEST_CHILD";
 
-struct Loaded {
-    driver: CudaDriver,
+pub(super) struct Loaded {
+    pub(super) driver: CudaDriver,
     /// Where it is softcuda.
-    soft: Option<Preloaded>,
+    pub(super) soft: Option<Preloaded>,
 }
 
 /// Opens softcuda before the bindings look for a driver, unless a GPU is to be used.
-fn loaded() -> &'static Loaded {
+pub(super) fn loaded() -> &'static Loaded {
     static LOADED: OnceLock<Loaded> = OnceLock::new();
     LOADED.get_or_init(|| {
         // A race ends the process, unless a test of the tests asks for its report.
@@ -59,7 +59,7 @@ pub(super) fn device(settings: &ArenaSettings, faults: Arc<FaultPlan>, patience:
 
 /// Orders a fault; tells whether this is softcuda, where that can be had.
 #[must_use]
-fn order(fault: &str) -> bool {
+pub(super) fn order(fault: &str) -> bool {
     let Some(soft) = loaded().soft else {
         println!("skipped: a real driver takes no orders for faults");
         return false;
@@ -68,7 +68,7 @@ fn order(fault: &str) -> bool {
     true
 }
 
-fn bench_with(patience: Duration) -> Bench {
+pub(super) fn bench_with(patience: Duration) -> Bench {
     let faults = Arc::new(FaultPlan::default());
     let settings =
         |name| ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new(name, Bytes(4 << 20)) };
@@ -174,7 +174,7 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
 }
 
 /// How often this process has called a function of softcuda's.
-fn calls(symbol: &str) -> u64 {
+pub(super) fn calls(symbol: &str) -> u64 {
     let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
     let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
     let symbol = format!("\"{symbol}\":");
