@@ -17,6 +17,7 @@ mod fault;
 mod foreign;
 pub mod fp8;
 mod guard;
+mod ranges;
 mod region;
 mod sync;
 

@@ -8,9 +8,10 @@ use futures::channel::oneshot;
 
 use super::event::Progress;
 use super::regions::{FromRegion, IntoRegion};
-use super::steps::{FillJob, Step};
-use super::{DeviceError, GatherJob, Job, ScatterJob, TransferError};
+use super::steps::{Errand, FillJob, Step};
+use super::{DeviceError, Direction, GatherJob, Job, ScatterJob, TransferError};
 use crate::guard::{Block, BlockMut};
+use crate::ranges::{self, Label, Range};
 
 /// Submissions that wait on one stream. Each is a session's restore or checkpoint, and the node lets 64 run
 /// at once, so a full stream means that the device hangs.
@@ -44,6 +45,8 @@ impl<T> Future for Transfer<T> {
 pub(super) struct Submission<S: Step> {
     pub(super) jobs: Vec<S>,
     pub(super) done: oneshot::Sender<Outcome<S::Done>>,
+    /// Ends when the batch is through, before that is told.
+    pub(super) range: Range,
 }
 
 impl<S: Step> Submission<S> {
@@ -91,8 +94,24 @@ impl Work {
     }
 }
 
+/// What a profiler shows of a batch; nothing of an empty one.
+fn label<S: Step>(direction: Direction, jobs: &[S]) -> Option<Label> {
+    let Errand { work, from, to, owner } = jobs.first()?.errand();
+    let word = if direction == Direction::In { "in" } else { "out" };
+    Some(Label {
+        work: format!("{work} {word}"),
+        from: from.to_owned(),
+        to: to.to_owned(),
+        blocks: jobs.len(),
+        bytes: jobs.iter().map(S::bytes).sum(),
+        shared: jobs.iter().any(|job| job.errand().owner != owner),
+        owner,
+    })
+}
+
 /// Queues a batch that fits on a stream of a device that serves, or gives its targets back.
 pub(super) fn enqueue<S: Step>(
+    direction: Direction,
     jobs: Vec<S>,
     kind: fn(Submission<S>) -> Work,
     serves: impl FnOnce() -> Result<(), DeviceError>,
@@ -101,7 +120,8 @@ pub(super) fn enqueue<S: Step>(
 ) -> Result<Transfer<S::Done>, TransferError> {
     let (done, outcome) = oneshot::channel();
     let fit = serves().and_then(|()| jobs.iter().try_for_each(S::check));
-    let work = kind(Submission { jobs, done });
+    let range = ranges::begin(|| fit.as_ref().ok().and_then(|()| label(direction, &jobs)));
+    let work = kind(Submission { jobs, done, range });
     if let Err(cause) = fit {
         return Err(TransferError { cause, targets: work.into_targets() });
     }

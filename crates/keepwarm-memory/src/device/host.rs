@@ -35,8 +35,11 @@ struct Runner<'a> {
 
 impl Run for Runner<'_> {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
+        let Submission { jobs, done, range } = submission;
+        let outcome = run_all(jobs, self.health, self.strands);
+        range.end();
         // Where nobody waits any more, what was made goes back to its arena right here.
-        drop(submission.done.send(run_all(submission.jobs, self.health, self.strands)));
+        drop(done.send(outcome));
     }
 }
 
@@ -87,7 +90,7 @@ impl HostDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
+        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
     }
 }
 

@@ -6,12 +6,15 @@ use std::fmt;
 use keepwarm_types::Owner;
 
 use super::batch::Transfer;
-use super::steps::{COPY_STEP, Ended, Step, flip_first, room, sizes};
+use super::steps::{COPY_STEP, Ended, Errand, Step, flip_first, room, sizes};
 use super::{DeviceError, PlaneShape, TransferError};
 use crate::checksum::{BlockHasher, Corrupt, block_checksum};
 use crate::fault::FaultPlan;
 use crate::foreign::{ForeignRegion, Lease, RegionState};
 use crate::guard::{Block, BlockMut, next_instance};
+
+/// What profilers call the tier.
+const REGION: &str = "region";
 
 /// Planes that lie in a region, a pitch apart. Each has room for `tokens_per_block` tokens of its job's shape.
 #[derive(Debug, Clone)]
@@ -261,6 +264,10 @@ impl Step for FromRegion {
         self.shape.packed_bytes(self.tokens)
     }
 
+    fn errand(&self) -> Errand<'_> {
+        Errand { work: "gather", from: REGION, to: self.target.arena(), owner: self.target.owner() }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let (used, length) = (self.used(), self.bytes());
         let Self { sources, mut target, .. } = self;
@@ -298,6 +305,10 @@ impl Step for IntoRegion {
 
     fn bytes(&self) -> usize {
         self.source.length()
+    }
+
+    fn errand(&self) -> Errand<'_> {
+        Errand { work: "scatter", from: self.source.arena(), to: REGION, owner: self.source.owner() }
     }
 
     fn run(self, faults: &FaultPlan) -> Ended<Self> {

@@ -1,6 +1,6 @@
 //! What a host device does with one block: copy, fill, gather, scatter; each verified where the bytes end.
 
-use keepwarm_types::BlockChecksum;
+use keepwarm_types::{BlockChecksum, Owner};
 
 use super::{DeviceError, GatherJob, Job, PlaneShape, ScatterJob, gather, scatter};
 use crate::checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
@@ -22,6 +22,14 @@ pub(super) trait Moves {}
 #[cfg(not(feature = "cuda"))]
 impl<S> Moves for S {}
 
+/// What a step does, between which tiers, for whom.
+pub(super) struct Errand<'a> {
+    pub(super) work: &'static str,
+    pub(super) from: &'a str,
+    pub(super) to: &'a str,
+    pub(super) owner: Owner,
+}
+
 /// One block's part of a submission.
 pub(super) trait Step: Moves + Send + Sized + 'static {
     /// What it makes of its target.
@@ -34,6 +42,9 @@ pub(super) trait Step: Moves + Send + Sized + 'static {
 
     /// Bytes to move.
     fn bytes(&self) -> usize;
+
+    /// What it does for whom, as a profiler shows it.
+    fn errand(&self) -> Errand<'_>;
 
     /// Does it. Sources are let go before it returns.
     fn run(self, faults: &FaultPlan) -> Ended<Self>;
@@ -56,6 +67,15 @@ impl Step for Job {
 
     fn bytes(&self) -> usize {
         self.source.length()
+    }
+
+    fn errand(&self) -> Errand<'_> {
+        Errand {
+            work: "copy",
+            from: self.source.arena(),
+            to: self.target.arena(),
+            owner: self.target.owner(),
+        }
     }
 
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
@@ -94,6 +114,10 @@ impl Step for FillJob {
 
     fn bytes(&self) -> usize {
         self.target.capacity()
+    }
+
+    fn errand(&self) -> Errand<'_> {
+        Errand { work: "fill", from: "a byte", to: self.target.arena(), owner: self.target.owner() }
     }
 
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
@@ -155,6 +179,11 @@ impl Step for GatherJob {
         self.shape.packed_bytes(self.tokens)
     }
 
+    fn errand(&self) -> Errand<'_> {
+        let from = self.sources.first().map_or("nothing", Block::arena);
+        Errand { work: "gather", from, to: self.target.arena(), owner: self.target.owner() }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { shape, sources, tokens, mut target } = self;
         let (stride, used) = (shape.tokens_per_block * shape.token_bytes, tokens * shape.token_bytes);
@@ -206,6 +235,15 @@ impl Step for ScatterJob {
 
     fn bytes(&self) -> usize {
         self.source.length()
+    }
+
+    fn errand(&self) -> Errand<'_> {
+        Errand {
+            work: "scatter",
+            from: self.source.arena(),
+            to: self.target.arena(),
+            owner: self.target.owner(),
+        }
     }
 
     fn run(self, faults: &FaultPlan) -> Ended<Self> {

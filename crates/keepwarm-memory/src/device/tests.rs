@@ -3,6 +3,8 @@
 #[cfg(feature = "cuda")]
 mod driver;
 mod peer;
+#[cfg(feature = "nvtx")]
+mod ranges;
 mod regions;
 #[cfg(feature = "cuda")]
 mod regions_cuda;

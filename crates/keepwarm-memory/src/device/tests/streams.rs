@@ -73,13 +73,13 @@ impl Bench {
         block.seal(bytes.len()).unwrap()
     }
 
-    fn gather_job(&self) -> GatherJob {
+    pub(super) fn gather_job(&self) -> GatherJob {
         let sources = vec![self.sealed(&pattern(SHAPE.block_bytes()))];
         let target = self.target(SHAPE.packed_bytes(TOKENS));
         GatherJob { shape: SHAPE, sources, tokens: TOKENS, target }
     }
 
-    fn scatter_job(&self) -> ScatterJob {
+    pub(super) fn scatter_job(&self) -> ScatterJob {
         let source = self.sealed(&pattern(SHAPE.packed_bytes(TOKENS)));
         ScatterJob { shape: SHAPE, source, tokens: TOKENS, target: self.target(SHAPE.block_bytes()) }
     }
