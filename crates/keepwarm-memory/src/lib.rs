@@ -6,6 +6,7 @@
 //! - [`Device`]: what a GPU must do; [`HostDevice`] does it over host memory, with streams that are really
 //!   asynchronous and faults that tests inject.
 //! - [`ForeignRegion`]: memory that another process brings, gathered from and scattered into; [`Peer`] watches that process.
+//! - [`Nvml`], [`MpsLimits`]: how a machine's GPUs are shared.
 //! - [`block_checksum`]: the checksum that is verified wherever bytes cross a boundary.
 //!
 //! A panic in this crate is a bug in the book-keeping of memory; the process should not outlive it.
@@ -17,6 +18,7 @@ mod fault;
 mod foreign;
 pub mod fp8;
 mod guard;
+mod machine;
 mod ranges;
 mod region;
 mod sync;
@@ -35,4 +37,8 @@ pub use foreign::{
     Brought, ForeignRegion, PEERS_MAX, Peer, REGION_BYTES_MAX, REGIONS_MAX, RegionError, RegionState,
 };
 pub use guard::{Block, BlockMut, BlockView, GuardError, number_instances_for};
+pub use machine::{
+    MPS_DEVICES_MAX, MigMode, MpsDevice, MpsError, MpsLimits, Nvml, NvmlDevice, NvmlMemory, NvmlProcess,
+    NvmlReport,
+};
 pub use region::{LockReport, ReserveError};

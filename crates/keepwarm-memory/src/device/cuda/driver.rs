@@ -12,6 +12,7 @@ use cudarc::driver::sys;
 use keepwarm_types::Bytes;
 
 use super::context::Context;
+use crate::machine::{MpsLimits, same_uuid};
 use crate::region::ReserveError;
 
 /// The oldest driver that is used, as `cuDriverGetVersion` says it: the first with every call of the table.
@@ -64,6 +65,19 @@ pub enum CudaError {
         /// What it has.
         total: Bytes,
     },
+    /// More memory was asked for than the Multi-Process Service lets this process have.
+    #[error(
+        "{asked} of {device} were asked for; CUDA_MPS_PINNED_DEVICE_MEM_LIMIT lets this process have {limit}: ask for less, or \
+         raise the limit"
+    )]
+    Limited {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        asked: Bytes,
+        /// What this process may have.
+        limit: Bytes,
+    },
     /// The arena's settings, or what the system gave.
     #[error(transparent)]
     Reserve(#[from] ReserveError),
@@ -98,7 +112,7 @@ impl CudaError {
     /// Whether less memory would have been enough.
     #[must_use]
     pub const fn is_about_memory(&self) -> bool {
-        matches!(self, Self::Memory { .. } | Self::Reserve(_))
+        matches!(self, Self::Memory { .. } | Self::Limited { .. } | Self::Reserve(_))
     }
 
     /// The driver's number, where it answered with one.
@@ -147,10 +161,16 @@ pub struct CudaFound {
 }
 
 impl CudaFound {
+    /// What an arena of this process may have of the device at most: its memory, or less where a limit of the
+    /// Multi-Process Service says so. What is free now, [`CudaDriver::free`] says.
+    #[must_use]
+    pub fn budget(&self, limits: &MpsLimits) -> Bytes {
+        limits.memory_of(self.number, &self.uuid).map_or(self.memory, |limit| limit.min(self.memory))
+    }
+
     /// Whether that is its UUID, with a prefix or without.
     pub(super) fn has_uuid(&self, uuid: &str) -> bool {
-        let plain = uuid.strip_prefix("GPU-").or_else(|| uuid.strip_prefix("MIG-")).unwrap_or(uuid);
-        self.uuid.eq_ignore_ascii_case(plain)
+        same_uuid(&self.uuid, uuid)
     }
 }
 

@@ -47,6 +47,7 @@ use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
 use crate::foreign::{Brought, ForeignRegion, Peer, RegionError};
 use crate::guard::BlockMut;
+use crate::machine::MpsLimits;
 use crate::region::Region;
 
 /// How long an event may take before its device counts as hanging: a full queue of the largest batches on the
@@ -76,6 +77,20 @@ fn loaded(context: &Arc<Context>, found: &CudaFound) -> Option<Arc<Kernels>> {
     }
 }
 
+/// A limit of the Multi-Process Service caps what an arena may have. One that is not understood is the driver's to keep.
+fn within_limits(found: &CudaFound, selector: &CudaSelector, asked: Bytes) -> Result<(), CudaError> {
+    let limits = MpsLimits::from_environment().unwrap_or_else(|error| {
+        tracing::warn!(%error, "a limit of the Multi-Process Service is not honoured");
+        MpsLimits::default()
+    });
+    match limits.memory_of(found.number, &found.uuid) {
+        Some(limit) if asked > limit => {
+            Err(CudaError::Limited { device: selector.to_string(), asked, limit })
+        }
+        _ => Ok(()),
+    }
+}
+
 impl CudaDevice {
     /// Reserves the device's memory and starts its streams. An event that has not passed after `patience`
     /// ([`CUDA_PATIENCE`] where nothing speaks for another) fences the device.
@@ -93,6 +108,7 @@ impl CudaDevice {
         if !found.pools {
             return Err(CudaError::NoPools(selector.to_string()));
         }
+        within_limits(&found, selector, settings.bytes)?;
         let context = Context::retain(driver, device)?;
         let arena = Arena::over(settings, Some(Arc::clone(&faults)), |bytes| {
             DeviceMemory::reserve(&context, &selector.to_string(), bytes)

@@ -19,6 +19,7 @@ use crate::device::{
 };
 use crate::fault::FaultPlan;
 use crate::guard::Block;
+use crate::machine::MpsLimits;
 
 /// Longer than any healthy event takes on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -303,6 +304,32 @@ fn devices_and_memory_that_are_not_there_are_named() {
     );
     let error = open(&CudaSelector::Number(0), 1);
     assert!(error.contains("an arena needs at least"), "{error}");
+}
+
+#[test]
+fn a_limit_of_the_multi_process_service_caps_the_arena() {
+    const NAME: &str = "a_limit_of_the_multi_process_service_caps_the_arena";
+    if std::env::var_os(CHILD).is_some() {
+        let open = |bytes| {
+            let settings =
+                ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new("hbm:0", Bytes(bytes)) };
+            CudaDevice::open(&loaded().driver, &CudaSelector::Number(0), &settings, Arc::default(), PATIENCE)
+        };
+        let error = open(9 << 20).map(drop).map_err(|error| (error.is_about_memory(), error.to_string()));
+        println!("told: {error:?}");
+        let found = open(8 << 20).unwrap().found().clone();
+        println!("budget: {}", found.budget(&MpsLimits::from_environment().unwrap_or_default()).0);
+        return;
+    }
+    let limit = |value| child(NAME, value, &[("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value)]);
+    let said = limit("1=1M,0=8M");
+    assert!(said.contains("told: Err((true, \"9MiB of cuda:0 were asked for; CUDA_MPS_PINNED"), "{said}");
+    assert!(said.contains("budget: 8388608\n"), "{said}");
+    // The limit of another device, one above what there is, and one that nobody understands.
+    for other in ["1=1M", "0=900G", "a lot"] {
+        let said = limit(other);
+        assert!(said.contains("told: Ok(())") && !said.contains("budget: 8388608\n"), "{other}: {said}");
+    }
 }
 
 #[test]
