@@ -138,6 +138,9 @@ impl Device for HostDevice {
     }
 
     fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {
+        if let DeviceState::Fenced(reason) = self.state() {
+            return Err(RegionError::Fenced(reason));
+        }
         let Brought::SharedMemory { fd, bytes } = brought else {
             return Err(RegionError::NotCuda(self.name.clone()));
         };

@@ -10,7 +10,7 @@ use super::steps::{COPY_STEP, Ended, Errand, Step, flip_first, room, sizes};
 use super::{DeviceError, PlaneShape, TransferError};
 use crate::checksum::{BlockHasher, Corrupt, block_checksum};
 use crate::fault::FaultPlan;
-use crate::foreign::{ForeignRegion, Lease, RegionState};
+use crate::foreign::{ForeignRegion, Lease, RegionState, Seen};
 use crate::guard::{Block, BlockMut, next_instance};
 
 /// What profilers call the tier.
@@ -130,7 +130,7 @@ pub(super) struct Strip {
 
 impl Strip {
     /// Checks planes with that much room each, and keeps their region.
-    fn hold(planes: &RegionPlanes, room: usize, device: u64) -> Result<Self, RegionFault> {
+    fn hold(planes: &RegionPlanes, room: usize, device: u64, seen: &mut Seen) -> Result<Self, RegionFault> {
         let RegionPlanes { region, offset, pitch, planes } = planes;
         let (offset, planes, bytes) = (*offset, *planes, region.bytes().0);
         let pitch = if planes == 1 { room as u64 } else { *pitch };
@@ -145,7 +145,7 @@ impl Strip {
         if end.is_none_or(|end| end > bytes) {
             return Err(RegionFault::Bounds { offset, pitch, planes, room, bytes });
         }
-        let lease = region.lease().map_err(RegionFault::NotOpen)?;
+        let lease = region.lease(seen).map_err(RegionFault::NotOpen)?;
         Ok(Self { lease, offset: offset as usize, pitch: pitch as usize, planes })
     }
 
@@ -161,6 +161,7 @@ fn hold(
     tokens: usize,
     planes: &[RegionPlanes],
     device: u64,
+    seen: &mut Seen,
 ) -> Result<Vec<Strip>, RegionFault> {
     let [stride, ..] = sizes(shape, tokens)?;
     let count = planes.iter().try_fold(0_usize, |sum, planes| sum.checked_add(planes.planes));
@@ -169,7 +170,7 @@ fn hold(
         let what = format!("the regions have {count} planes, the shape has {}", shape.planes);
         return Err(DeviceError::Shape(what).into());
     }
-    planes.iter().map(|planes| Strip::hold(planes, stride, device)).collect()
+    planes.iter().map(|planes| Strip::hold(planes, stride, device, seen)).collect()
 }
 
 /// A gather whose regions stay mapped.
@@ -194,8 +195,9 @@ pub(super) fn gather_from(
     device: u64,
     enqueue: impl FnOnce(Vec<FromRegion>) -> Result<Transfer, TransferError>,
 ) -> Result<Transfer, RegionRefusal> {
+    let mut seen = Seen::default();
     let check = |job: &RegionGatherJob| {
-        let sources = hold(&job.shape, job.tokens, &job.sources, device)?;
+        let sources = hold(&job.shape, job.tokens, &job.sources, device, &mut seen)?;
         room(&job.target, job.shape.packed_bytes(job.tokens))?;
         Ok(sources)
     };
@@ -218,9 +220,10 @@ pub(super) fn scatter_into(
     device: u64,
     enqueue: impl FnOnce(Vec<IntoRegion>) -> Result<Transfer<()>, TransferError>,
 ) -> Result<Transfer<()>, RegionRefusal> {
+    let mut seen = Seen::default();
     let step = |job: RegionScatterJob| {
         let RegionScatterJob { shape, source, owner, tokens, targets } = job;
-        let targets = hold(&shape, tokens, &targets, device)?;
+        let targets = hold(&shape, tokens, &targets, device, &mut seen)?;
         //= GUARANTEES.md#G4
         if source.owner() != owner {
             return Err(DeviceError::WrongOwner.into());

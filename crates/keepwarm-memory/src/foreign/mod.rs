@@ -123,6 +123,9 @@ pub enum RegionError {
          handle of cuIpcGetMemHandle: export the memory again"
     )]
     Handle(String),
+    /// The device serves nothing more.
+    #[error("the device is fenced: {0}")]
+    Fenced(String),
     /// The driver refused something else.
     #[error("the driver refused the region: {0}")]
     Driver(String),
@@ -346,11 +349,11 @@ impl ForeignRegion {
         self.0.0.device == device
     }
 
-    /// Keeps the mapping for an operation.
-    pub(crate) fn lease(&self) -> Result<Lease, RegionState> {
+    /// Keeps the mapping for an operation; `seen` is the process that was last found alive for the same submission.
+    pub(crate) fn lease(&self, seen: &mut Seen) -> Result<Lease, RegionState> {
         let shared = &self.0.0;
         // The thread that watches may not have run yet.
-        if !shared.peer.is_alive() {
+        if !seen.is_alive(&shared.peer) {
             shared.close(true);
         }
         let mut held = shared.held();
@@ -361,6 +364,21 @@ impl ForeignRegion {
         held.outstanding += 1;
         drop(held);
         Ok(Lease(Arc::clone(shared)))
+    }
+}
+
+/// Whom a submission has found alive: the system is asked once for planes of one process, not for each.
+#[derive(Debug, Default)]
+pub(crate) struct Seen(Option<Arc<Watch>>);
+
+impl Seen {
+    fn is_alive(&mut self, peer: &Arc<Watch>) -> bool {
+        if self.0.as_ref().is_some_and(|seen| Arc::ptr_eq(seen, peer)) {
+            return true;
+        }
+        let alive = peer.is_alive();
+        self.0 = alive.then(|| Arc::clone(peer));
+        alive
     }
 }
 

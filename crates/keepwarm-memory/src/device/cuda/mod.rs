@@ -216,7 +216,7 @@ impl Device for CudaDevice {
 
     fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {
         if let DeviceState::Fenced(reason) = self.state() {
-            return Err(RegionError::Driver(format!("the device is fenced: {reason}")));
+            return Err(RegionError::Fenced(reason));
         }
         let bytes = match &brought {
             Brought::SharedMemory { bytes, .. } | Brought::CudaIpc { bytes, .. } => *bytes,

@@ -200,7 +200,7 @@ const CALLS: [&str; 9] = [
 ];
 
 /// Driver calls by name while `work` ran.
-fn counted(work: impl FnOnce()) -> Vec<(&'static str, u64)> {
+pub(super) fn counted(work: impl FnOnce()) -> Vec<(&'static str, u64)> {
     let before = CALLS.map(calls);
     work();
     let since = CALLS.iter().zip(before).map(|(symbol, before)| (*symbol, calls(symbol) - before));

@@ -17,7 +17,9 @@ use crate::device::{
     DeviceError, DeviceState, Direction, PlaneShape, RegionFault, RegionGatherJob, RegionPlanes,
     RegionRefusal, RegionScatterJob, Transfer, gather, scatter,
 };
-use crate::foreign::{Brought, ForeignRegion, Peer, REGION_BYTES_MAX, REGIONS_MAX, RegionError, RegionState};
+use crate::foreign::{
+    Brought, ForeignRegion, PEERS_MAX, Peer, REGION_BYTES_MAX, REGIONS_MAX, RegionError, RegionState,
+};
 
 pub(super) const SHAPE: PlaneShape = PlaneShape { planes: 4, tokens_per_block: 8, token_bytes: 40 };
 pub(super) const TOKENS: usize = 5;
@@ -368,6 +370,7 @@ on_each_way! {
     what_lies_outside_is_refused_before_anything_is_issued,
     a_bit_flipped_on_the_way_is_refused,
     a_process_that_writes_meanwhile_makes_no_block_that_is_not_what_it_says,
+    a_fenced_device_opens_nothing_and_gives_mappings_back,
 }
 
 /// Shared memory that is as it should be and that nobody shares.
@@ -397,6 +400,11 @@ fn shared_memory_that_could_end_this_process_is_refused() {
     (&file).write_all(&[1; 100]).unwrap();
     assert!(matches!(refused(file, 100), RegionError::NotShared(_)));
     assert!(matches!(refused(File::open("/proc/self/exe").unwrap(), 100), RegionError::NotShared(_)));
+    // POSIX shared memory cannot be sealed.
+    if let Ok(file) = tempfile::tempfile_in("/dev/shm") {
+        file.set_len(4096).unwrap();
+        assert!(matches!(refused(file, 100), RegionError::Unsealed));
+    }
     let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
     assert!(matches!(refused(File::from(OwnedFd::from(stream)), 100), RegionError::NotShared(_)));
     let sealed = shared_memory(REGION, true);
@@ -427,6 +435,42 @@ fn a_process_brings_as_many_regions_as_it_may() {
     regions[0].closed_by_peer();
     wait(Box::pin(regions[0].gone()));
     until("its place", || open().map(|region| regions.push(region)).is_ok());
+}
+
+#[test]
+fn as_many_processes_bring_regions_as_may() {
+    const CHILD: &str = "KEEPWARM_TEST_PEERS";
+    if std::env::var_os(CHILD).is_none() {
+        // In a process of its own: others of this one bring regions too.
+        let test = std::thread::current().name().expect("a test's thread has its name").to_owned();
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        let ended = again.args([test.as_str(), "--exact", "--nocapture"]).env(CHILD, "1").output().unwrap();
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        return;
+    }
+    let watch = || Peer::watch_process(std::process::id());
+    let mut peers: Vec<_> = (0..PEERS_MAX).map(|_| watch().unwrap()).collect();
+    assert!(matches!(watch().unwrap_err(), RegionError::Peers));
+    let bench = bench(Kind::Host);
+    let region = bench.device.open_region(&peers[0], nothing()).unwrap();
+    drop(peers.pop());
+    until("a place", || watch().map(|peer| peers.push(peer)).is_ok());
+    // One that nobody can bring more by is watched for as long as its region is mapped.
+    drop(peers.remove(0));
+    assert!(matches!(watch().unwrap_err(), RegionError::Peers));
+    region.closed_by_peer();
+    until("another place", || watch().is_ok());
+}
+
+fn a_fenced_device_opens_nothing_and_gives_mappings_back(scene: Scene) {
+    scene.bench.device.fence("over");
+    let error = scene.bench.device.open_region(&scene.peer, scene.bringer.brings(REGION)).unwrap_err();
+    assert!(matches!(error, RegionError::Fenced(ref reason) if reason == "over"), "{error}");
+    let error = scene.gather().unwrap_err();
+    assert_eq!((error.cause, error.targets.len()), (DeviceError::Fenced("over".to_owned()).into(), 1));
+    // Fenced by us, its driver is sound.
+    scene.region.closed_by_peer();
+    until("the mapping's end", || scene.region.state() == RegionState::Gone);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use keepwarm_types::Bytes;
 use softcuda::preload::preload;
 
-use super::driver::{DEVICE, bench_with, calls, loaded, order};
+use super::driver::{DEVICE, bench_with, calls, counted, loaded, order};
 use super::peer::{Bringer, REGION, acts};
 use super::regions::{Way, nothing, scene};
 use super::streams::{until, wait};
@@ -120,6 +120,26 @@ fn handles_that_are_of_no_use_say_what_to_do() {
     let block = bench.filled(1);
     let target = bench.target(block.length());
     assert!(wait(bench.device.submit(Direction::In, vec![Job { source: block, target }]).unwrap()).is_ok());
+}
+
+#[test]
+fn planes_of_another_process_cost_as_many_driver_calls_whatever_their_number() {
+    if acts() {
+        return;
+    }
+    if loaded().soft.is_none() {
+        println!("skipped: a real driver does not count its calls");
+        return;
+    }
+    let scene = scene(Way::CudaHandle, bench(Kind::Cuda));
+    let cost = |count| {
+        let jobs = (0..count).map(|_| scene.gather_job()).collect();
+        counted(|| drop(wait(scene.bench.device.gather_from(Direction::Out, jobs).unwrap()).unwrap()))
+    };
+    let (few, many) = (cost(2), cost(64));
+    assert_eq!(few, many);
+    let launched = few.iter().any(|(symbol, _)| *symbol == "cuLaunchKernel");
+    assert!(launched && !few.iter().any(|(symbol, _)| symbol.contains("Memcpy")), "{few:?}");
 }
 
 #[test]
