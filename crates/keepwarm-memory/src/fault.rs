@@ -17,7 +17,7 @@ pub struct FaultPlan {
     hung: Mutex<bool>,
     resumed: Condvar,
     /// A bug planted in the CUDA device: it takes batches as passed without asking.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "cuda"))]
     pub(crate) waits_for_nothing: AtomicBool,
 }
 
@@ -29,7 +29,7 @@ impl Default for FaultPlan {
             allocations_fail: AtomicBool::new(false),
             hung: Mutex::new(false),
             resumed: Condvar::new(),
-            #[cfg(test)]
+            #[cfg(all(test, feature = "cuda"))]
             waits_for_nothing: AtomicBool::new(false),
         }
     }

@@ -267,6 +267,11 @@ impl BlockMut {
         self.written = self.memory.capacity;
     }
 
+    /// The name of its arena.
+    pub(crate) fn arena(&self) -> &str {
+        &self.memory.arena.name
+    }
+
     /// Whose block it will be.
     pub(crate) fn owner(&self) -> Owner {
         Owner { tenant: self.memory.tenant.clone(), birth: self.birth }

@@ -5,6 +5,8 @@
 //!   state is reachable only through a guard that carries its tenant and birth.
 //! - [`Device`]: what a GPU must do; [`HostDevice`] does it over host memory, with streams that are really
 //!   asynchronous and faults that tests inject.
+//! - [`ForeignRegion`]: memory that another process brings, gathered from and scattered into; [`Peer`] watches that process.
+//! - [`Nvml`], [`MpsLimits`]: how a machine's GPUs are shared.
 //! - [`block_checksum`]: the checksum that is verified wherever bytes cross a boundary.
 //!
 //! A panic in this crate is a bug in the book-keeping of memory; the process should not outlive it.
@@ -13,8 +15,11 @@ mod arena;
 mod checksum;
 mod device;
 mod fault;
+mod foreign;
 pub mod fp8;
 mod guard;
+mod machine;
+mod ranges;
 mod region;
 mod sync;
 
@@ -23,9 +28,17 @@ pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 #[cfg(feature = "cuda")]
 pub use device::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use device::{
-    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape,
-    STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,
+    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape, RegionFault,
+    RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, STREAM_QUEUE_MAX, ScatterJob, Transfer,
+    TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
+pub use foreign::{
+    Brought, ForeignRegion, PEERS_MAX, Peer, REGION_BYTES_MAX, REGIONS_MAX, RegionError, RegionState,
+};
 pub use guard::{Block, BlockMut, BlockView, GuardError, number_instances_for};
+pub use machine::{
+    MPS_DEVICES_MAX, MigMode, MpsDevice, MpsError, MpsLimits, Nvml, NvmlDevice, NvmlMemory, NvmlProcess,
+    NvmlReport,
+};
 pub use region::{LockReport, ReserveError};

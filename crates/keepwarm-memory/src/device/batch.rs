@@ -7,9 +7,11 @@ use crossbeam_channel::{Sender, TrySendError};
 use futures::channel::oneshot;
 
 use super::event::Progress;
-use super::steps::{FillJob, Step};
-use super::{DeviceError, GatherJob, Job, ScatterJob, TransferError};
+use super::regions::{FromRegion, IntoRegion};
+use super::steps::{Errand, FillJob, Step};
+use super::{DeviceError, Direction, GatherJob, Job, ScatterJob, TransferError};
 use crate::guard::{Block, BlockMut};
+use crate::ranges::{self, Label, Range};
 
 /// Submissions that wait on one stream. Each is a session's restore or checkpoint, and the node lets 64 run
 /// at once, so a full stream means that the device hangs.
@@ -43,11 +45,13 @@ impl<T> Future for Transfer<T> {
 pub(super) struct Submission<S: Step> {
     pub(super) jobs: Vec<S>,
     pub(super) done: oneshot::Sender<Outcome<S::Done>>,
+    /// Ends when the batch is through, before that is told.
+    pub(super) range: Range,
 }
 
 impl<S: Step> Submission<S> {
     fn into_targets(self) -> Vec<BlockMut> {
-        self.jobs.into_iter().map(S::into_target).collect()
+        self.jobs.into_iter().filter_map(S::into_target).collect()
     }
 }
 
@@ -62,6 +66,8 @@ pub(super) enum Work {
     Fill(Submission<FillJob>),
     Gather(Submission<GatherJob>),
     Scatter(Submission<ScatterJob>),
+    FromRegion(Submission<FromRegion>),
+    IntoRegion(Submission<IntoRegion>),
 }
 
 impl Work {
@@ -71,6 +77,8 @@ impl Work {
             Self::Fill(submission) => by.run(submission),
             Self::Gather(submission) => by.run(submission),
             Self::Scatter(submission) => by.run(submission),
+            Self::FromRegion(submission) => by.run(submission),
+            Self::IntoRegion(submission) => by.run(submission),
         }
     }
 
@@ -80,12 +88,30 @@ impl Work {
             Self::Fill(submission) => submission.into_targets(),
             Self::Gather(submission) => submission.into_targets(),
             Self::Scatter(submission) => submission.into_targets(),
+            Self::FromRegion(submission) => submission.into_targets(),
+            Self::IntoRegion(submission) => submission.into_targets(),
         }
     }
 }
 
+/// What a profiler shows of a batch; nothing of an empty one.
+fn label<S: Step>(direction: Direction, jobs: &[S]) -> Option<Label> {
+    let Errand { work, from, to, owner } = jobs.first()?.errand();
+    let word = if direction == Direction::In { "in" } else { "out" };
+    Some(Label {
+        work: format!("{work} {word}"),
+        from: from.to_owned(),
+        to: to.to_owned(),
+        blocks: jobs.len(),
+        bytes: jobs.iter().map(S::bytes).sum(),
+        shared: jobs.iter().any(|job| job.errand().owner != owner),
+        owner,
+    })
+}
+
 /// Queues a batch that fits on a stream of a device that serves, or gives its targets back.
 pub(super) fn enqueue<S: Step>(
+    direction: Direction,
     jobs: Vec<S>,
     kind: fn(Submission<S>) -> Work,
     serves: impl FnOnce() -> Result<(), DeviceError>,
@@ -94,7 +120,8 @@ pub(super) fn enqueue<S: Step>(
 ) -> Result<Transfer<S::Done>, TransferError> {
     let (done, outcome) = oneshot::channel();
     let fit = serves().and_then(|()| jobs.iter().try_for_each(S::check));
-    let work = kind(Submission { jobs, done });
+    let range = ranges::begin(|| fit.as_ref().ok().and_then(|()| label(direction, &jobs)));
+    let work = kind(Submission { jobs, done, range });
     if let Err(cause) = fit {
         return Err(TransferError { cause, targets: work.into_targets() });
     }

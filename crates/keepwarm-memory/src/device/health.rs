@@ -1,5 +1,6 @@
 //! Whether a device serves, and what its streams have done: what a fence ends.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 
@@ -7,8 +8,13 @@ use super::event::Progress;
 use super::{DeviceError, DeviceState};
 use crate::fault::FaultPlan;
 
+/// Devices of this process so far.
+static DEVICES: AtomicU64 = AtomicU64::new(0);
+
 #[derive(Debug)]
 pub(super) struct Health {
+    /// Which device of this process it is.
+    pub(super) device: u64,
     state: Mutex<DeviceState>,
     pub(super) faults: Arc<FaultPlan>,
     /// Each stream's.
@@ -17,7 +23,8 @@ pub(super) struct Health {
 
 impl Health {
     pub(super) fn new(faults: Arc<FaultPlan>) -> Self {
-        Self { state: Mutex::new(DeviceState::Up), faults, progress: <[Arc<Progress>; 2]>::default() }
+        let (device, state) = (DEVICES.fetch_add(1, Ordering::Relaxed), Mutex::new(DeviceState::Up));
+        Self { device, state, faults, progress: <[Arc<Progress>; 2]>::default() }
     }
 
     pub(super) fn state(&self) -> DeviceState {

@@ -13,10 +13,12 @@ use super::event::{Event, Progress};
 use super::health::Health;
 use super::steps::{Ended, FillJob, Step};
 use super::{
-    Device, DeviceError, DeviceState, Direction, GatherJob, Job, ScatterJob, Transfer, TransferError,
+    Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
+    RegionScatterJob, ScatterJob, Transfer, TransferError, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
+use crate::foreign::{Brought, ForeignRegion, Mapping, Peer, RegionError, SharedMapping};
 use crate::guard::BlockMut;
 use crate::region::ReserveError;
 
@@ -33,8 +35,11 @@ struct Runner<'a> {
 
 impl Run for Runner<'_> {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
+        let Submission { jobs, done, range } = submission;
+        let outcome = run_all(jobs, self.health, self.strands);
+        range.end();
         // Where nobody waits any more, what was made goes back to its arena right here.
-        drop(submission.done.send(run_all(submission.jobs, self.health, self.strands)));
+        drop(done.send(outcome));
     }
 }
 
@@ -85,7 +90,7 @@ impl HostDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
+        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
     }
 }
 
@@ -130,6 +135,38 @@ impl Device for HostDevice {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError> {
         self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {
+        if let DeviceState::Fenced(reason) = self.state() {
+            return Err(RegionError::Fenced(reason));
+        }
+        let Brought::SharedMemory { fd, bytes } = brought else {
+            return Err(RegionError::NotCuda(self.name.clone()));
+        };
+        ForeignRegion::open(peer, self.health.device, bytes, || {
+            SharedMapping::open(&fd, bytes).map(|mapping| Box::new(mapping) as Box<dyn Mapping>)
+        })
+    }
+
+    fn gather_from(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionGatherJob>,
+    ) -> Result<Transfer, RegionRefusal> {
+        regions::gather_from(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::FromRegion)
+        })
+    }
+
+    fn scatter_into(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionScatterJob>,
+    ) -> Result<Transfer<()>, RegionRefusal> {
+        regions::scatter_into(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::IntoRegion)
+        })
     }
 
     fn record(&self, direction: Direction) -> Event {
@@ -215,8 +252,10 @@ fn run_all<S: Step>(
     for (place, end) in ended.iter().take(count) {
         match (end, &mut failed) {
             (Ok(done), _) => made.push((place, done)),
-            (Err((_, target)), Some(error)) => error.targets.push(target),
-            (Err((cause, target)), None) => failed = Some(TransferError { cause, targets: vec![target] }),
+            (Err((_, target)), Some(error)) => error.targets.extend(target),
+            (Err((cause, target)), None) => {
+                failed = Some(TransferError { cause, targets: target.into_iter().collect() });
+            }
         }
     }
     if failed.is_none() && made.len() < count {

@@ -4,7 +4,7 @@
 //! order on the stream of their direction, verified at the destination, and come back sealed as the same
 //! instances. Fills, gathers and scatters take their turn on the same streams; an [`Event`] marks a point of
 //! one. The job holds source and target guards until it has run, so memory is never reused under a
-//! transfer; dropping the [`Transfer`] neither cancels the work nor leaks: what arrives is given back.
+//! transfer; the same holds for [regions of other processes](ForeignRegion), which stay mapped; dropping the [`Transfer`] neither cancels the work nor leaks: what arrives is given back.
 
 mod batch;
 #[cfg(feature = "cuda")]
@@ -13,6 +13,7 @@ mod event;
 mod health;
 mod host;
 mod planes;
+mod regions;
 mod steps;
 
 pub use batch::{STREAM_QUEUE_MAX, Transfer};
@@ -21,11 +22,13 @@ pub use cuda::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, Cuda
 pub use event::Event;
 pub use host::HostDevice;
 pub use planes::{PlaneShape, gather, scatter};
+pub use regions::{RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob};
 
 use std::fmt;
 
 use crate::arena::Arena;
 use crate::checksum::Corrupt;
+use crate::foreign::{Brought, ForeignRegion, Peer, RegionError};
 use crate::guard::{Block, BlockMut};
 
 /// Which way a copy goes; each direction has a stream, and other work names the stream that it goes on by it.
@@ -189,6 +192,43 @@ pub trait Device: Send + Sync + fmt::Debug {
         direction: Direction,
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError>;
+
+    /// Opens memory that another process brings, for gathers and scatters of this device. Shared memory is page-locked where
+    /// the device is a GPU (`cuMemHostRegister`), a CUDA handle is opened in its context (`cuIpcOpenMemHandle`, CUDA Driver
+    /// API). Maps as much as is asked for, and may wait for the driver: not for an actor's thread.
+    ///
+    /// # Errors
+    /// [`RegionError`] says what is wrong with what was brought, and what to do; nothing is mapped then.
+    fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError>;
+
+    /// Packs planes of regions into one block for each job, on the stream of `direction`, as [`gather()`] does, and seals it
+    /// as a new instance. All offsets and lengths are bytes. The regions stay mapped until it has run, whatever becomes of the
+    /// transfer.
+    ///
+    /// # Errors
+    /// [`RegionRefusal`] at once: a region is not open, planes lie outside of it or overlap, another device opened it, or as
+    /// for [`gather`](Self::gather); nothing was written then. The transfer fails with [`DeviceError::Corrupt`] where what
+    /// arrived is not what the region had when it was read, or has had since (its process wrote there meanwhile): the instance
+    /// that it names is the one that would have been made. Or with [`DeviceError::Fenced`].
+    fn gather_from(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionGatherJob>,
+    ) -> Result<Transfer, RegionRefusal>;
+
+    /// Spreads each job's packed block over planes of regions on the stream of `direction`, as [`scatter()`] does, verified
+    /// there; no other byte of the regions is touched. The regions stay mapped until it has run, whatever becomes of the
+    /// transfer.
+    ///
+    /// # Errors
+    /// [`RegionRefusal`] at once, as for [`gather_from`](Self::gather_from); nothing was written then. The transfer fails
+    /// with [`DeviceError::Corrupt`] where the source is broken or the region does not have its bytes afterwards, or with
+    /// [`DeviceError::Fenced`]; some of the planes may have been written then.
+    fn scatter_into(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionScatterJob>,
+    ) -> Result<Transfer<()>, RegionRefusal>;
 
     /// Marks the point behind everything that was submitted to the stream of `direction` so far. Takes no place
     /// in the stream, so it is never refused; on a fenced device the event says so.

@@ -1,6 +1,6 @@
 //! What a host device does with one block: copy, fill, gather, scatter; each verified where the bytes end.
 
-use keepwarm_types::BlockChecksum;
+use keepwarm_types::{BlockChecksum, Owner};
 
 use super::{DeviceError, GatherJob, Job, PlaneShape, ScatterJob, gather, scatter};
 use crate::checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
@@ -8,10 +8,10 @@ use crate::fault::FaultPlan;
 use crate::guard::{Block, BlockMut, next_instance};
 
 /// Bytes that are copied and then hashed while they are still in the first-level cache; whole chunks.
-const COPY_STEP: usize = 4 * CHUNK_BYTES;
+pub(super) const COPY_STEP: usize = 4 * CHUNK_BYTES;
 
-/// A step's end: what it made, or why there is nothing, with the target back.
-pub(super) type Ended<S> = Result<<S as Step>::Done, (DeviceError, BlockMut)>;
+/// A step's end: what it made, or why there is nothing, with the target back, if it was a block.
+pub(super) type Ended<S> = Result<<S as Step>::Done, (DeviceError, Option<BlockMut>)>;
 
 /// What a device that is not the host needs to know of a step.
 #[cfg(feature = "cuda")]
@@ -21,6 +21,14 @@ pub(super) use super::cuda::Moves;
 pub(super) trait Moves {}
 #[cfg(not(feature = "cuda"))]
 impl<S> Moves for S {}
+
+/// What a step does, between which tiers, for whom.
+pub(super) struct Errand<'a> {
+    pub(super) work: &'static str,
+    pub(super) from: &'a str,
+    pub(super) to: &'a str,
+    pub(super) owner: Owner,
+}
 
 /// One block's part of a submission.
 pub(super) trait Step: Moves + Send + Sized + 'static {
@@ -35,11 +43,14 @@ pub(super) trait Step: Moves + Send + Sized + 'static {
     /// Bytes to move.
     fn bytes(&self) -> usize;
 
+    /// What it does for whom, as a profiler shows it.
+    fn errand(&self) -> Errand<'_>;
+
     /// Does it. Sources are let go before it returns.
     fn run(self, faults: &FaultPlan) -> Ended<Self>;
 
-    /// The target of a step that was not done.
-    fn into_target(self) -> BlockMut;
+    /// The target of a step that was not done, if it is a block.
+    fn into_target(self) -> Option<BlockMut>;
 
     /// The target of a step that was done, where it can still be written.
     fn regain(_done: Self::Done) -> Option<BlockMut> {
@@ -58,6 +69,15 @@ impl Step for Job {
         self.source.length()
     }
 
+    fn errand(&self) -> Errand<'_> {
+        Errand {
+            work: "copy",
+            from: self.source.arena(),
+            to: self.target.arena(),
+            owner: self.target.owner(),
+        }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { source, mut target } = self;
         let flip = faults.flip_now();
@@ -73,13 +93,13 @@ impl Step for Job {
         }
         let (expected, found) = (source.checksum(), hasher.finish());
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         Ok(target.seal_copy(&source))
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -96,6 +116,10 @@ impl Step for FillJob {
         self.target.capacity()
     }
 
+    fn errand(&self) -> Errand<'_> {
+        Errand { work: "fill", from: "a byte", to: self.target.arena(), owner: self.target.owner() }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { mut target, byte } = self;
         let all = target.bytes_mut();
@@ -105,8 +129,8 @@ impl Step for FillJob {
         seal_filled(target, byte, found)
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -115,7 +139,7 @@ pub(super) fn seal_filled(
     target: BlockMut,
     byte: u8,
     found: BlockChecksum,
-) -> Result<Block, (DeviceError, BlockMut)> {
+) -> Result<Block, (DeviceError, Option<BlockMut>)> {
     let mut hasher = BlockHasher::default();
     let (pattern, length) = ([byte; CHUNK_BYTES], target.capacity());
     for at in (0..length).step_by(CHUNK_BYTES) {
@@ -123,7 +147,7 @@ pub(super) fn seal_filled(
     }
     target
         .seal_received(next_instance(), hasher.finish(), found)
-        .map_err(|(target, corrupt)| (corrupt.into(), target))
+        .map_err(|(target, corrupt)| (corrupt.into(), Some(target)))
 }
 
 impl Step for GatherJob {
@@ -155,12 +179,17 @@ impl Step for GatherJob {
         self.shape.packed_bytes(self.tokens)
     }
 
+    fn errand(&self) -> Errand<'_> {
+        let from = self.sources.first().map_or("nothing", Block::arena);
+        Errand { work: "gather", from, to: self.target.arena(), owner: self.target.owner() }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { shape, sources, tokens, mut target } = self;
         let (stride, used) = (shape.tokens_per_block * shape.token_bytes, tokens * shape.token_bytes);
         // The packed block gets a checksum of its own: what is broken before must not come out as sound.
         if let Some(corrupt) = sources.iter().find_map(|source| source.verify().err()) {
-            return Err((corrupt.into(), target));
+            return Err((corrupt.into(), Some(target)));
         }
         let length = shape.packed_bytes(tokens);
         let packed = &mut target.bytes_mut()[..length];
@@ -177,13 +206,13 @@ impl Step for GatherJob {
         let (expected, found) = (hasher.finish(), block_checksum(packed));
         if expected != found {
             let instance = sources.first().expect("a shape without planes is refused").instance();
-            return Err((Corrupt { instance, expected, found }.into(), target));
+            return Err((Corrupt { instance, expected, found }.into(), Some(target)));
         }
         Ok(target.into_block(length, next_instance(), found))
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 }
 
@@ -208,6 +237,15 @@ impl Step for ScatterJob {
         self.source.length()
     }
 
+    fn errand(&self) -> Errand<'_> {
+        Errand {
+            work: "scatter",
+            from: self.source.arena(),
+            to: self.target.arena(),
+            owner: self.target.owner(),
+        }
+    }
+
     fn run(self, faults: &FaultPlan) -> Ended<Self> {
         let Self { shape, source, tokens, mut target } = self;
         let (stride, used) = (shape.tokens_per_block * shape.token_bytes, tokens * shape.token_bytes);
@@ -218,13 +256,13 @@ impl Step for ScatterJob {
         working.chunks_exact(stride).for_each(|plane| hasher.update(&plane[..used]));
         let (expected, found) = (source.checksum(), hasher.finish());
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         Ok(target)
     }
 
-    fn into_target(self) -> BlockMut {
-        self.target
+    fn into_target(self) -> Option<BlockMut> {
+        Some(self.target)
     }
 
     fn regain(done: BlockMut) -> Option<BlockMut> {
@@ -233,7 +271,7 @@ impl Step for ScatterJob {
 }
 
 /// Bytes of a plane, of a full block, and of a packed one of `tokens`; none overflows, the first two are not zero.
-fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
+pub(super) fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
     let PlaneShape { planes, tokens_per_block, token_bytes } = *shape;
     let stride = tokens_per_block.checked_mul(token_bytes);
     let block = stride.and_then(|stride| stride.checked_mul(planes));
@@ -249,7 +287,7 @@ fn sizes(shape: &PlaneShape, tokens: usize) -> Result<[usize; 3], DeviceError> {
     Ok([stride, block, shape.packed_bytes(tokens)])
 }
 
-fn room(target: &BlockMut, source_bytes: usize) -> Result<(), DeviceError> {
+pub(super) fn room(target: &BlockMut, source_bytes: usize) -> Result<(), DeviceError> {
     if target.capacity() < source_bytes {
         return Err(DeviceError::Size { target: target.capacity(), source_bytes });
     }

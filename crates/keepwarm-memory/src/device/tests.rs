@@ -2,6 +2,12 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+mod peer;
+#[cfg(feature = "nvtx")]
+mod ranges;
+mod regions;
+#[cfg(feature = "cuda")]
+mod regions_cuda;
 mod streams;
 
 use std::sync::Arc;

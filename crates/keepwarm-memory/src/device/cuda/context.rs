@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use keepwarm_types::Bytes;
 
 use super::driver::{Copy2d, CudaDriver, CudaError, NOT_READY, OUT_OF_MEMORY, call};
+use super::moves::moved;
 use crate::guard::Place;
 use crate::region::Foreign;
 
@@ -20,6 +21,9 @@ const PORTABLE: u32 = 1;
 /// `CU_MEMORYTYPE_HOST` and `CU_MEMORYTYPE_DEVICE`.
 const KIND_HOST: u32 = 1;
 const KIND_DEVICE: u32 = 2;
+/// The longest pitch of one copy of rows, `CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every GPU so far; less in tests, so that they go
+/// both ways. A longer one, which another process can ask for, would be an error of the driver's and fence the device.
+const PITCH_MAX: usize = if cfg!(test) { 2048 } else { (1 << 31) - 1 };
 
 /// A device's primary context, retained; calls go to it from threads that [made it current](Self::enter).
 #[derive(Debug)]
@@ -71,10 +75,20 @@ impl Context {
         self.late.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// Whether an event is late.
+    pub(super) fn is_hanging(&self) -> bool {
+        self.late.load(Ordering::SeqCst) > 0
+    }
+
+    /// The driver's number of its device.
+    pub(super) const fn device(&self) -> c_int {
+        self.device
+    }
+
     /// Gives something back to the driver. Not while the device hangs: such calls wait for it, and a node that stops would
     /// wait with them; what is kept goes back to the system with the process.
     pub(super) fn give_back(&self, what: &str, give: impl FnOnce() -> Result<(), CudaError>) {
-        if self.late.load(Ordering::SeqCst) > 0 {
+        if self.is_hanging() {
             tracing::warn!(device = self.device, "{what} was not given back: the device hangs");
         } else if let Err(error) = give() {
             // There is nobody to tell, and the process may go on.
@@ -237,7 +251,11 @@ impl Stream {
             (Some(there), Some(here)) => {
                 call!(driver, copy_between(to.address, there, from.address, here, bytes, stream))
             }
-            (None, None) => self.copy_rows((to, bytes), (from, bytes), bytes, 1),
+            // The driver has no call for it but that for rows, of which none may be longer than a pitch.
+            (None, None) => (0..bytes).step_by(PITCH_MAX).try_for_each(|at| {
+                let piece = PITCH_MAX.min(bytes - at);
+                self.copy_rows((moved(to, at), piece), (moved(from, at), piece), piece, 1)
+            }),
         }
     }
 
@@ -251,6 +269,10 @@ impl Stream {
     ) -> Result<(), CudaError> {
         if bytes == 0 || rows == 0 {
             return Ok(());
+        }
+        if to_pitch.max(from_pitch) > PITCH_MAX {
+            let row = |row| self.copy(moved(to, row * to_pitch), moved(from, row * from_pitch), bytes);
+            return (0..rows).try_for_each(row);
         }
         let mut copy = Copy2d { from_pitch, to_pitch, bytes, rows, ..Copy2d::default() };
         match from.context {

@@ -12,6 +12,7 @@ use cudarc::driver::sys;
 use keepwarm_types::Bytes;
 
 use super::context::Context;
+use crate::machine::{MpsLimits, same_uuid};
 use crate::region::ReserveError;
 
 /// The oldest driver that is used, as `cuDriverGetVersion` says it: the first with every call of the table.
@@ -64,6 +65,19 @@ pub enum CudaError {
         /// What it has.
         total: Bytes,
     },
+    /// More memory was asked for than the Multi-Process Service lets this process have.
+    #[error(
+        "{asked} of {device} were asked for; CUDA_MPS_PINNED_DEVICE_MEM_LIMIT lets this process have {limit}: ask for less, or \
+         raise the limit"
+    )]
+    Limited {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        asked: Bytes,
+        /// What this process may have.
+        limit: Bytes,
+    },
     /// The arena's settings, or what the system gave.
     #[error(transparent)]
     Reserve(#[from] ReserveError),
@@ -98,7 +112,7 @@ impl CudaError {
     /// Whether less memory would have been enough.
     #[must_use]
     pub const fn is_about_memory(&self) -> bool {
-        matches!(self, Self::Memory { .. } | Self::Reserve(_))
+        matches!(self, Self::Memory { .. } | Self::Limited { .. } | Self::Reserve(_))
     }
 
     /// The driver's number, where it answered with one.
@@ -146,6 +160,20 @@ pub struct CudaFound {
     pub pools: bool,
 }
 
+impl CudaFound {
+    /// What an arena of this process may have of the device at most: its memory, or less where a limit of the
+    /// Multi-Process Service says so. What is free now, [`CudaDriver::free`] says.
+    #[must_use]
+    pub fn budget(&self, limits: &MpsLimits) -> Bytes {
+        limits.memory_of(self.number, &self.uuid).map_or(self.memory, |limit| limit.min(self.memory))
+    }
+
+    /// Whether that is its UUID, with a prefix or without.
+    pub(super) fn has_uuid(&self, uuid: &str) -> bool {
+        same_uuid(&self.uuid, uuid)
+    }
+}
+
 /// `CUDA_MEMCPY2D` of `cuda.h`.
 #[repr(C)]
 #[derive(Debug, Default)]
@@ -167,6 +195,11 @@ pub(super) struct Copy2d {
     pub(super) bytes: usize,
     pub(super) rows: usize,
 }
+
+/// `CUipcMemHandle` of `cuda.h`, which is passed as it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ForeignHandle(pub(super) [u8; 64]);
 
 macro_rules! table {
     ($($(#[$doc:meta])* $name:ident = $symbol:ident($($argument:ty),*);)*) => {
@@ -223,6 +256,12 @@ table! {
     free = cuMemFree_v2(u64);
     allocate_host = cuMemHostAlloc(*mut *mut c_void, usize, u32);
     free_host = cuMemFreeHost(*mut c_void);
+    register = cuMemHostRegister_v2(*mut c_void, usize, u32);
+    unregister = cuMemHostUnregister(*mut c_void);
+    open_foreign = cuIpcOpenMemHandle_v2(*mut u64, ForeignHandle, u32);
+    close_foreign = cuIpcCloseMemHandle(u64);
+    address_range = cuMemGetAddressRange_v2(*mut u64, *mut usize, u64);
+    pointer_attribute = cuPointerGetAttribute(*mut c_void, c_int, u64);
     stream_create = cuStreamCreate(*mut usize, u32);
     stream_destroy = cuStreamDestroy_v2(usize);
     stream_wait = cuStreamSynchronize(usize);
@@ -379,10 +418,7 @@ impl CudaDriver {
         let devices = self.devices()?;
         let is_it = |found: &&CudaFound| match selector {
             CudaSelector::Number(number) => found.number == *number,
-            CudaSelector::Uuid(uuid) => {
-                let plain = uuid.strip_prefix("GPU-").or_else(|| uuid.strip_prefix("MIG-")).unwrap_or(uuid);
-                found.uuid.eq_ignore_ascii_case(plain)
-            }
+            CudaSelector::Uuid(uuid) => found.has_uuid(uuid),
         };
         let Some(found) = devices.iter().find(is_it).cloned() else {
             let show = |found: &CudaFound| format!("cuda:{} ({}, {})", found.number, found.name, found.uuid);

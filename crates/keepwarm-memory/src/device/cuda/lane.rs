@@ -20,6 +20,7 @@ use crate::device::event::Progress;
 use crate::device::health::Health;
 use crate::device::steps::Step;
 use crate::device::{DeviceError, Direction, TransferError};
+use crate::ranges::Range;
 
 /// Batches that are on the stream or being verified. Two would keep the stream busy; more hide batches that are small.
 const IN_FLIGHT_MAX: usize = 8;
@@ -99,9 +100,10 @@ impl Run for Issuer {
                 None
             }
         };
-        let Submission { jobs, done } = submission;
+        let Submission { jobs, done, range } = submission;
+        let batch = Batch { jobs, done: Some(done), issued, passed, range, _sheets: lent };
         // The thread that ends flights lives as long as this one sends.
-        drop(self.flights.send(Box::new(Batch { jobs, done: Some(done), issued, passed, _sheets: lent })));
+        drop(self.flights.send(Box::new(batch)));
     }
 }
 
@@ -128,13 +130,15 @@ struct Batch<S: Step> {
     issued: Result<(), DeviceError>,
     /// None where no event could be recorded: the context is broken, and nothing of it runs any more.
     passed: Option<Receiver<Passed>>,
+    range: Range,
     /// What its kernels read.
     _sheets: Option<Lent>,
 }
 
 impl<S: Step> Batch<S> {
     fn refuse(mut self, cause: DeviceError) {
-        let targets = self.jobs.into_iter().map(S::into_target).collect();
+        let targets = self.jobs.into_iter().filter_map(S::into_target).collect();
+        self.range.end();
         if let Some(done) = self.done.take() {
             drop(done.send(Err(TransferError { cause, targets })));
         }
@@ -206,7 +210,7 @@ impl<S: Step> Batch<S> {
             let (of_job, rest) = found.split_at(*count);
             found = rest;
             if cause.is_some() {
-                targets.push(job.into_target());
+                targets.extend(job.into_target());
                 continue;
             }
             let ended = match health.next() {
@@ -217,7 +221,7 @@ impl<S: Step> Batch<S> {
                 Ok(done) => made.push(done),
                 Err((why, target)) => {
                     cause = Some(why);
-                    targets.push(target);
+                    targets.extend(target);
                 }
             }
         }
@@ -228,6 +232,7 @@ impl<S: Step> Batch<S> {
                 Err(TransferError { cause, targets })
             }
         };
+        self.range.end();
         if let Some(done) = self.done {
             drop(done.send(outcome));
         }

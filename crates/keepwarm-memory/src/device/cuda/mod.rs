@@ -12,6 +12,7 @@
 mod claim;
 mod context;
 mod driver;
+mod foreign;
 mod kernels;
 mod lane;
 mod moves;
@@ -38,10 +39,15 @@ use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
 use super::health::Health;
 use super::steps::{FillJob, Step};
-use super::{Device, DeviceState, Direction, GatherJob, Job, ScatterJob, Transfer, TransferError};
+use super::{
+    Device, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal, RegionScatterJob,
+    ScatterJob, Transfer, TransferError, regions,
+};
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
+use crate::foreign::{Brought, ForeignRegion, Peer, RegionError};
 use crate::guard::BlockMut;
+use crate::machine::MpsLimits;
 use crate::region::Region;
 
 /// How long an event may take before its device counts as hanging: a full queue of the largest batches on the
@@ -71,6 +77,20 @@ fn loaded(context: &Arc<Context>, found: &CudaFound) -> Option<Arc<Kernels>> {
     }
 }
 
+/// A limit of the Multi-Process Service caps what an arena may have. One that is not understood is the driver's to keep.
+fn within_limits(found: &CudaFound, selector: &CudaSelector, asked: Bytes) -> Result<(), CudaError> {
+    let limits = MpsLimits::from_environment().unwrap_or_else(|error| {
+        tracing::warn!(%error, "a limit of the Multi-Process Service is not honoured");
+        MpsLimits::default()
+    });
+    match limits.memory_of(found.number, &found.uuid) {
+        Some(limit) if asked > limit => {
+            Err(CudaError::Limited { device: selector.to_string(), asked, limit })
+        }
+        _ => Ok(()),
+    }
+}
+
 impl CudaDevice {
     /// Reserves the device's memory and starts its streams. An event that has not passed after `patience`
     /// ([`CUDA_PATIENCE`] where nothing speaks for another) fences the device.
@@ -88,6 +108,7 @@ impl CudaDevice {
         if !found.pools {
             return Err(CudaError::NoPools(selector.to_string()));
         }
+        within_limits(&found, selector, settings.bytes)?;
         let context = Context::retain(driver, device)?;
         let arena = Arena::over(settings, Some(Arc::clone(&faults)), |bytes| {
             DeviceMemory::reserve(&context, &selector.to_string(), bytes)
@@ -146,7 +167,7 @@ impl CudaDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(jobs, kind, || self.health.check(), &self.health.progress[at], &self.lanes[at])
+        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.lanes[at])
     }
 }
 
@@ -191,6 +212,38 @@ impl Device for CudaDevice {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError> {
         self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {
+        if let DeviceState::Fenced(reason) = self.state() {
+            return Err(RegionError::Fenced(reason));
+        }
+        let bytes = match &brought {
+            Brought::SharedMemory { bytes, .. } | Brought::CudaIpc { bytes, .. } => *bytes,
+        };
+        ForeignRegion::open(peer, self.health.device, bytes, || {
+            foreign::open(&self.context, &self.found, brought)
+        })
+    }
+
+    fn gather_from(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionGatherJob>,
+    ) -> Result<Transfer, RegionRefusal> {
+        regions::gather_from(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::FromRegion)
+        })
+    }
+
+    fn scatter_into(
+        &self,
+        direction: Direction,
+        jobs: Vec<RegionScatterJob>,
+    ) -> Result<Transfer<()>, RegionRefusal> {
+        regions::scatter_into(jobs, self.health.device, |steps| {
+            self.enqueue(direction, steps, Work::IntoRegion)
+        })
     }
 
     fn record(&self, direction: Direction) -> Event {

@@ -4,6 +4,7 @@ use keepwarm_types::BlockChecksum;
 
 use super::plan::Plan;
 use crate::checksum::Corrupt;
+use crate::device::regions::{FromRegion, IntoRegion, Strip};
 use crate::device::steps::{Ended, FillJob, Step, seal_filled};
 use crate::device::{GatherJob, Job, PlaneShape, ScatterJob};
 use crate::guard::{BlockMut, Place, next_instance};
@@ -15,17 +16,19 @@ pub(in crate::device) struct Rows {
     pub(super) pitch: usize,
     pub(super) bytes: usize,
     pub(super) rows: usize,
+    /// Another process may write there.
+    pub(super) foreign: bool,
 }
 
 impl Rows {
     fn run(place: Place, bytes: usize) -> Self {
-        Self { place, pitch: bytes, bytes, rows: 1 }
+        Self { place, pitch: bytes, bytes, rows: 1, foreign: false }
     }
 
     /// The first `tokens` tokens of each plane.
     fn planes(place: Place, shape: &PlaneShape, planes: usize, tokens: usize) -> Self {
         let pitch = shape.tokens_per_block * shape.token_bytes;
-        Self { place, pitch, bytes: tokens * shape.token_bytes, rows: planes }
+        Self { place, pitch, bytes: tokens * shape.token_bytes, rows: planes, foreign: false }
     }
 
     pub(super) const fn total(&self) -> usize {
@@ -67,7 +70,7 @@ impl Moves for Job {
         let Self { source, mut target } = self;
         let (expected, found) = (source.checksum(), found[0]);
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         target.reaches(source.length());
         Ok(target.seal_copy(&source))
@@ -134,13 +137,13 @@ impl Moves for GatherJob {
         for (source, found) in sources.iter().zip(of_sources) {
             let (expected, found) = (source.checksum(), *found);
             if expected != found {
-                return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+                return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
             }
         }
         let (expected, found) = (of_bytes[0], of_bytes[1]);
         if expected != found {
             let instance = sources.first().expect("a shape without planes is refused").instance();
-            return Err((Corrupt { instance, expected, found }.into(), target));
+            return Err((Corrupt { instance, expected, found }.into(), Some(target)));
         }
         let length = shape.packed_bytes(tokens);
         target.reaches(length);
@@ -164,9 +167,61 @@ impl Moves for ScatterJob {
         let Self { source, mut target, .. } = self;
         let (expected, found) = (source.checksum(), found[0]);
         if expected != found {
-            return Err((Corrupt { instance: source.instance(), expected, found }.into(), target));
+            return Err((Corrupt { instance: source.instance(), expected, found }.into(), Some(target)));
         }
         target.filled();
         Ok(target)
+    }
+}
+
+impl Strip {
+    fn rows(&self, used: usize) -> Rows {
+        let Self { lease, offset, pitch, planes } = self;
+        let place = moved(lease.place(), *offset);
+        Rows { place, pitch: *pitch, bytes: used, rows: *planes, foreign: true }
+    }
+}
+
+impl Moves for FromRegion {
+    fn plan(&self, plan: &mut Plan) {
+        let (used, mut at) = (self.used(), 0);
+        for from in self.sources.iter().map(|strip| strip.rows(used)) {
+            plan.rows(moved(self.target.place(), at), used, from);
+            at += from.total();
+        }
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        let sources = self.sources.iter().map(|strip| strip.rows(self.used())).collect();
+        vec![sources, vec![Rows::run(self.target.place(), self.bytes())]]
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let length = self.bytes();
+        let mut target = self.target;
+        target.reaches(length);
+        Self::seal(target, length, found[0], found[1])
+    }
+}
+
+impl Moves for IntoRegion {
+    fn plan(&self, plan: &mut Plan) {
+        let (used, mut from) = (self.used(), self.source.place());
+        for to in self.targets.iter().map(|strip| strip.rows(used)) {
+            plan.rows(to.place, to.pitch, Rows { place: from, pitch: used, ..to });
+            from = moved(from, to.total());
+        }
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        vec![self.targets.iter().map(|strip| strip.rows(self.used())).collect()]
+    }
+
+    fn land(self, found: &[BlockChecksum]) -> Ended<Self> {
+        let (expected, found) = (self.source.checksum(), found[0]);
+        if expected != found {
+            return Err((Corrupt { instance: self.source.instance(), expected, found }.into(), None));
+        }
+        Ok(())
     }
 }

@@ -15,6 +15,7 @@ use super::kernels::{self, Kernels, Table};
 use super::moves::{Rows, Run};
 use super::poll::{Passed, Poller};
 use crate::checksum::BlockHasher;
+use crate::foreign::hash_foreign;
 use crate::guard::Place;
 use crate::region::Foreign;
 
@@ -248,6 +249,11 @@ impl Verifier {
 fn hash(rows: &Rows, hasher: &mut BlockHasher) {
     for row in 0..rows.rows {
         let address = rows.place.address as usize + row * rows.pitch;
+        if rows.foreign {
+            // SAFETY: the host's memory, inside a region that the flight keeps mapped.
+            unsafe { hash_foreign(address as *const u8, rows.bytes, hasher) };
+            continue;
+        }
         // SAFETY: the host's memory, inside a block whose guard the flight holds; what wrote to it has passed.
         hasher.update(unsafe { std::slice::from_raw_parts(address as *const u8, rows.bytes) });
     }

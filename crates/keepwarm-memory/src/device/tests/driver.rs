@@ -19,23 +19,24 @@ use crate::device::{
 };
 use crate::fault::FaultPlan;
 use crate::guard::Block;
+use crate::machine::MpsLimits;
 
 /// Longer than any healthy event takes on a busy machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `gpu`: the machine's own driver is used instead of softcuda.
-const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
+pub(super) const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
 /// Set in a child process of a test: what it is to do.
 const CHILD: &str = "KEEPWARM_TEST_CHILD";
 
-struct Loaded {
-    driver: CudaDriver,
+pub(super) struct Loaded {
+    pub(super) driver: CudaDriver,
     /// Where it is softcuda.
-    soft: Option<Preloaded>,
+    pub(super) soft: Option<Preloaded>,
 }
 
 /// Opens softcuda before the bindings look for a driver, unless a GPU is to be used.
-fn loaded() -> &'static Loaded {
+pub(super) fn loaded() -> &'static Loaded {
     static LOADED: OnceLock<Loaded> = OnceLock::new();
     LOADED.get_or_init(|| {
         // A race ends the process, unless a test of the tests asks for its report.
@@ -59,7 +60,7 @@ pub(super) fn device(settings: &ArenaSettings, faults: Arc<FaultPlan>, patience:
 
 /// Orders a fault; tells whether this is softcuda, where that can be had.
 #[must_use]
-fn order(fault: &str) -> bool {
+pub(super) fn order(fault: &str) -> bool {
     let Some(soft) = loaded().soft else {
         println!("skipped: a real driver takes no orders for faults");
         return false;
@@ -68,7 +69,7 @@ fn order(fault: &str) -> bool {
     true
 }
 
-fn bench_with(patience: Duration) -> Bench {
+pub(super) fn bench_with(patience: Duration) -> Bench {
     let faults = Arc::new(FaultPlan::default());
     let settings =
         |name| ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new(name, Bytes(4 << 20)) };
@@ -174,7 +175,7 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
 }
 
 /// How often this process has called a function of softcuda's.
-fn calls(symbol: &str) -> u64 {
+pub(super) fn calls(symbol: &str) -> u64 {
     let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
     let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
     let symbol = format!("\"{symbol}\":");
@@ -199,7 +200,7 @@ const CALLS: [&str; 9] = [
 ];
 
 /// Driver calls by name while `work` ran.
-fn counted(work: impl FnOnce()) -> Vec<(&'static str, u64)> {
+pub(super) fn counted(work: impl FnOnce()) -> Vec<(&'static str, u64)> {
     let before = CALLS.map(calls);
     work();
     let since = CALLS.iter().zip(before).map(|(symbol, before)| (*symbol, calls(symbol) - before));
@@ -303,6 +304,32 @@ fn devices_and_memory_that_are_not_there_are_named() {
     );
     let error = open(&CudaSelector::Number(0), 1);
     assert!(error.contains("an arena needs at least"), "{error}");
+}
+
+#[test]
+fn a_limit_of_the_multi_process_service_caps_the_arena() {
+    const NAME: &str = "a_limit_of_the_multi_process_service_caps_the_arena";
+    if std::env::var_os(CHILD).is_some() {
+        let open = |bytes| {
+            let settings =
+                ArenaSettings { extent: Bytes(1 << 20), ..ArenaSettings::new("hbm:0", Bytes(bytes)) };
+            CudaDevice::open(&loaded().driver, &CudaSelector::Number(0), &settings, Arc::default(), PATIENCE)
+        };
+        let error = open(9 << 20).map(drop).map_err(|error| (error.is_about_memory(), error.to_string()));
+        println!("told: {error:?}");
+        let found = open(8 << 20).unwrap().found().clone();
+        println!("budget: {}", found.budget(&MpsLimits::from_environment().unwrap_or_default()).0);
+        return;
+    }
+    let limit = |value| child(NAME, value, &[("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", value)]);
+    let said = limit("1=1M,0=8M");
+    assert!(said.contains("told: Err((true, \"9MiB of cuda:0 were asked for; CUDA_MPS_PINNED"), "{said}");
+    assert!(said.contains("budget: 8388608\n"), "{said}");
+    // The limit of another device, one above what there is, and one that nobody understands.
+    for other in ["1=1M", "0=900G", "a lot"] {
+        let said = limit(other);
+        assert!(said.contains("told: Ok(())") && !said.contains("budget: 8388608\n"), "{other}: {said}");
+    }
 }
 
 #[test]

@@ -24,7 +24,7 @@ const SHAPE: PlaneShape = PlaneShape { planes: 3, tokens_per_block: 8, token_byt
 const TOKENS: usize = 5;
 const KINDS: usize = 4;
 
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within its deadline");
@@ -32,7 +32,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn wait<F: Future + Unpin>(mut future: F) -> F::Output {
+pub(super) fn wait<F: Future + Unpin>(mut future: F) -> F::Output {
     let mut end = None;
     until("a future", || {
         end = (&mut future).now_or_never();
@@ -59,27 +59,27 @@ fn poll(event: &mut Event, flag: &Arc<Flag>) -> Poll<Result<(), DeviceError>> {
 type Ending = Box<dyn FnOnce() -> bool>;
 
 impl Bench {
-    fn room(&self, arena: &Arena, bytes: usize) -> BlockMut {
+    pub(super) fn room(&self, arena: &Arena, bytes: usize) -> BlockMut {
         arena.allocate(&self.owner, Bytes(bytes.max(1) as u64), 1).unwrap().pop().unwrap()
     }
 
-    fn target(&self, bytes: usize) -> BlockMut {
+    pub(super) fn target(&self, bytes: usize) -> BlockMut {
         self.room(self.device.arena(), bytes)
     }
 
-    fn sealed(&self, bytes: &[u8]) -> Block {
+    pub(super) fn sealed(&self, bytes: &[u8]) -> Block {
         let mut block = self.room(&self.pinned, bytes.len());
         block.write(0, bytes).unwrap();
         block.seal(bytes.len()).unwrap()
     }
 
-    fn gather_job(&self) -> GatherJob {
+    pub(super) fn gather_job(&self) -> GatherJob {
         let sources = vec![self.sealed(&pattern(SHAPE.block_bytes()))];
         let target = self.target(SHAPE.packed_bytes(TOKENS));
         GatherJob { shape: SHAPE, sources, tokens: TOKENS, target }
     }
 
-    fn scatter_job(&self) -> ScatterJob {
+    pub(super) fn scatter_job(&self) -> ScatterJob {
         let source = self.sealed(&pattern(SHAPE.packed_bytes(TOKENS)));
         ScatterJob { shape: SHAPE, source, tokens: TOKENS, target: self.target(SHAPE.block_bytes()) }
     }
@@ -102,7 +102,7 @@ impl Bench {
         sealed.map(|transfer| Box::new(move || wait(transfer).is_ok()) as Ending)
     }
 
-    fn used(&self) -> u64 {
+    pub(super) fn used(&self) -> u64 {
         self.device.arena().figures().used.0 + self.pinned.figures().used.0
     }
 }
