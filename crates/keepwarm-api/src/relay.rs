@@ -48,8 +48,8 @@ enum Target {
     Here,
     /// To a session.
     Session(SessionId),
-    /// To any node that owns shards: a session without an id.
-    Anywhere,
+    /// To any node that owns shards: a session without an id. Best to this one, which is far better off than this node.
+    Anywhere(Option<NodeName>),
 }
 
 /// Serves what other nodes relay, until their links end.
@@ -102,6 +102,10 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
         let _ = tokio::time::timeout_at(deadline, here).await;
         return next.run(Request::from_parts(parts, body)).await;
     }
+    let mut target = target;
+    if let Target::Anywhere(home) = &mut target {
+        *home = state.handle.home_for_new().await;
+    }
     let deadline = Instant::now() + MOVING_WAIT;
     let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
     loop {
@@ -143,6 +147,11 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
                                 Problem::new("outcome_unknown", error).into_response()
                             });
                         }
+                        // Any other node will do.
+                        Err(_) if matches!(target, Target::Anywhere(Some(_))) => {
+                            target = Target::Anywhere(None);
+                            continue;
+                        }
                         Err(error) => error.to_string(),
                     }
                 }
@@ -164,7 +173,8 @@ fn place(handle: &Handle, target: &Target) -> Whereabouts {
     match target {
         Target::Here => Whereabouts::Here,
         Target::Session(id) => handle.whereabouts(*id),
-        Target::Anywhere => handle.anywhere(),
+        Target::Anywhere(Some(home)) => Whereabouts::At(home.clone()),
+        Target::Anywhere(None) => handle.anywhere(),
     }
 }
 
@@ -189,7 +199,7 @@ async fn target(
 ) -> Result<(Target, Body), Problem> {
     let path = uri.path();
     if matches!(path, "/v1/chat/completions" | "/v1/completions") {
-        let target = named_session(headers, &caller.tenant)?.map_or(Target::Here, Target::Session);
+        let target = named_session(headers, &caller.tenant)?.map_or(Target::Anywhere(None), Target::Session);
         return Ok((target, body));
     }
     let Some(rest) = path.strip_prefix("/v1/sessions") else { return Ok((Target::Here, body)) };
@@ -213,7 +223,7 @@ async fn target(
 fn created(bytes: &[u8]) -> Target {
     let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
     let id = |name: &str| value.get(name)?.as_str()?.parse().ok();
-    id("id").or_else(|| id("near")).map_or(Target::Anywhere, Target::Session)
+    id("id").or_else(|| id("near")).map_or(Target::Anywhere(None), Target::Session)
 }
 
 /// An archive: where the wanted id lies, or its own.

@@ -1,11 +1,56 @@
-//! Which shard a new session is minted into and which GPU it runs on.
+//! Which node takes a new session, which shard it is minted into, and which GPU it runs on.
 
-use keepwarm_types::{Bytes, GpuIndex, SessionId, ShardCount, ShardId};
+use keepwarm_types::{Bytes, GpuIndex, NodeName, SessionId, ShardCount, ShardId};
 use uuid::Uuid;
 
 /// A warm GPU is left only for one that has at least this many fewer requests waiting: moving a session
 /// costs a restore, which is worth a few turns of waiting.
 pub const MOVE_QUEUE_GAP: u32 = 8;
+
+/// A node whose pinned memory is fuller than this, in percent, gives new sessions away where another has room: its own
+/// begin to move or to go cold.
+const FULL_PERCENT: u128 = 90;
+
+/// A node as the placement of a new session sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeLoad {
+    /// Whether one of its GPUs serves.
+    pub runs: bool,
+    /// Requests waiting for the GPU of it that has the fewest.
+    pub queue: u32,
+    /// Bytes of its pinned memory in use.
+    pub used: Bytes,
+    /// All of it.
+    pub capacity: Bytes,
+}
+
+impl NodeLoad {
+    fn full(&self) -> bool {
+        u128::from(self.used.0) * 100 >= u128::from(self.capacity.0) * FULL_PERCENT
+    }
+
+    /// Whether it is worth asking others how they are.
+    #[must_use]
+    pub fn pressed(&self) -> bool {
+        !self.runs || self.full() || self.queue >= MOVE_QUEUE_GAP
+    }
+
+    /// Less is better: who can run it, who has room for it, who is idle.
+    fn rank(&self) -> (bool, bool, u32) {
+        (!self.runs, self.full(), self.queue)
+    }
+}
+
+/// The node that takes a new session: another one only where that can run it and this one cannot, or has room and this
+/// one has not, or has far fewer requests waiting. None where it stays here.
+#[must_use]
+pub fn choose_node<'a>(here: &NodeLoad, others: &'a [(NodeName, NodeLoad)]) -> Option<&'a NodeName> {
+    let (name, best) = others.iter().min_by_key(|(name, load)| (load.rank(), name.clone()))?;
+    let (mine, theirs) = (here.rank(), best.rank());
+    let equal = (mine.0, mine.1) == (theirs.0, theirs.1);
+    let better = if equal { theirs.2.saturating_add(MOVE_QUEUE_GAP) <= mine.2 } else { theirs < mine };
+    better.then_some(name)
+}
 
 /// A GPU as placement sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +117,29 @@ mod tests {
     fn gpu(index: u16, queue: u32, free: u64) -> GpuLoad {
         let (index, free, capacity) = (GpuIndex(index), Bytes(free), Bytes(100));
         GpuLoad { index, healthy: true, free, capacity, leases: 0, queue }
+    }
+
+    #[test]
+    fn a_new_session_goes_to_another_node_only_where_that_is_far_better() {
+        let load = |runs, queue, used| NodeLoad { runs, queue, used: Bytes(used), capacity: Bytes(100) };
+        let here = load(true, 7, 89);
+        assert!(!here.pressed());
+        for pressed in [load(false, 0, 0), load(true, 8, 0), load(true, 0, 90)] {
+            assert!(pressed.pressed(), "{pressed:?}");
+        }
+        let name = |n: &str| -> NodeName { n.parse().unwrap() };
+        let others = |a, b| vec![(name("a"), a), (name("b"), b)];
+        let idle = others(load(true, 1, 50), load(true, 0, 50));
+        assert_eq!(choose_node(&here, &idle), None, "a few turns of waiting are cheaper than another node");
+        assert_eq!(choose_node(&load(true, 8, 0), &idle), Some(&name("b")));
+        assert_eq!(choose_node(&load(true, 0, 95), &idle), Some(&name("b")), "where room is");
+        assert_eq!(choose_node(&load(false, 0, 0), &idle), Some(&name("b")), "where it can run");
+        let full = others(load(true, 0, 95), load(false, 0, 10));
+        assert_eq!(choose_node(&load(true, 0, 95), &full), None, "nobody is better off");
+        assert_eq!(choose_node(&load(false, 0, 95), &full), Some(&name("a")));
+        assert_eq!(choose_node(&load(false, 0, 95), &[]), None);
+        let none = NodeLoad { runs: true, queue: 0, used: Bytes(0), capacity: Bytes(0) };
+        assert!(none.pressed(), "a node without memory takes nothing");
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! Small frames that nodes send each other beside replication.
 
 use bytes::Bytes;
-use keepwarm_types::TenantName;
+use keepwarm_core::placement::NodeLoad;
+use keepwarm_types::{Bytes as ByteCount, TenantName};
 use rkyv::{Archive, Serialize};
 
 use crate::archive::{Opened, seal};
 use crate::error::{DecodeError, EncodeError, name};
 use crate::frame::Frame;
 use crate::kinds;
-use crate::limits::{CONTROL_BYTES_MAX, TooLong, within};
+use crate::limits::{CONTROL_BYTES_MAX, TooLong, counter, index, within};
 use crate::version::Version;
 
 /// Longest request id, in bytes: a UUID has 36, a trace's id 55.
@@ -70,6 +71,64 @@ impl RelayHeader {
             hops: wire.hops,
         })
     }
+}
+
+/// How a node is: what it says where it is asked by a frame of kind [`kinds::LOAD`] without a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadAnswer(pub NodeLoad);
+
+#[derive(Archive, Serialize)]
+struct WireLoad {
+    runs: bool,
+    queue: u32,
+    used: u64,
+    capacity: u64,
+}
+
+impl LoadAnswer {
+    /// The question. A peer of version 1 does not know it.
+    ///
+    /// # Errors
+    /// [`EncodeError::Unsayable`] for such a peer.
+    pub fn question(version: Version) -> Result<Frame, EncodeError> {
+        since_two(version)?;
+        Ok(Frame { kind: kinds::LOAD, payload: Bytes::new() })
+    }
+
+    /// Makes a frame of it.
+    ///
+    /// # Errors
+    /// [`EncodeError::Unsayable`] for a peer of version 1.
+    pub fn encode(&self, version: Version) -> Result<Frame, EncodeError> {
+        since_two(version)?;
+        let NodeLoad { runs, queue, used, capacity } = self.0;
+        let wire = WireLoad { runs, queue, used: used.0, capacity: capacity.0 };
+        seal(version, kinds::LOAD, "load", &wire, 64, CONTROL_BYTES_MAX)
+    }
+
+    /// Reads it from a frame; never panics.
+    ///
+    /// # Errors
+    /// [`DecodeError`] where the frame is of another kind or version, or damaged, or a counter is out of range.
+    pub fn decode(frame: &Frame) -> Result<Self, DecodeError> {
+        let opened = Opened::new(frame, kinds::LOAD, "load", CONTROL_BYTES_MAX)?;
+        let wire = opened.root::<ArchivedWireLoad>()?;
+        Ok(Self(NodeLoad {
+            runs: wire.runs,
+            queue: index("load.queue", wire.queue.to_native())?,
+            used: ByteCount(counter("load.used", wire.used.to_native())?),
+            capacity: ByteCount(counter("load.capacity", wire.capacity.to_native())?),
+        }))
+    }
+}
+
+fn since_two(version: Version) -> Result<(), EncodeError> {
+    const SINCE: u16 = 2;
+    let what = "how a node is";
+    if version.number() < SINCE {
+        return Err(EncodeError::Unsayable { what, version, since: SINCE });
+    }
+    Ok(())
 }
 
 /// A message of the registry's consensus group. Its bytes are the registry's own, which writes the link's version into

@@ -34,6 +34,7 @@
 //! |---|---|
 //! | 1 | all of it |
 //! | 2 | [`crate::blocks::Direction::Spare`]: a header of blocks says its way in a byte, where 1 says whether it pulls |
+//! | 2 | [`crate::control::LoadAnswer`], and its question |
 //!
 //! A header of frames has a version of its own, its format, which is the same in both: hellos are frames too. The
 //! registry's messages ([`crate::control::RegistryFrame`]) begin with the link's version as all others do.

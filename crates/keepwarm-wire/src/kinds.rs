@@ -17,3 +17,5 @@ pub const BLOCKS_ANSWER: u16 = 0x0202;
 pub const RELAY_HEADER: u16 = 0x0301;
 /// A message of the registry's consensus group: [`crate::control::RegistryFrame`].
 pub const REGISTRY: u16 = 0x0302;
+/// How is a node? And its answer: [`crate::control::LoadAnswer`]. From version 2 on.
+pub const LOAD: u16 = 0x0303;

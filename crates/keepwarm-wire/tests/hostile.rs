@@ -10,7 +10,9 @@ use keepwarm_core::replica::{Content, Envelope, Install, Message};
 use keepwarm_core::session::{LABELS_MAX, TranscriptDelta, WRITE_IDS_KEPT};
 use keepwarm_types::{Birth, Generation, InstanceId, ShardId, Tokens};
 use keepwarm_wire::blocks::{BLOCKS_MAX, BlocksAnswer, BlocksHeader, Direction};
-use keepwarm_wire::control::{REGISTRY_BYTES_MAX, REQUEST_ID_BYTES_MAX, RegistryFrame, RelayHeader};
+use keepwarm_wire::control::{
+    LoadAnswer, REGISTRY_BYTES_MAX, REQUEST_ID_BYTES_MAX, RegistryFrame, RelayHeader,
+};
 use keepwarm_wire::limits::{
     COUNT_MAX, ENVELOPE_BYTES_MAX, HOLDERS_MAX, KEYS_MAX, MANIFEST_BLOCKS_MAX, ROLE_BYTES_MAX,
     TRANSCRIPT_MESSAGES_MAX, TRANSCRIPT_TEXT_MAX, TRANSCRIPT_TOKENS_MAX,
@@ -31,6 +33,7 @@ fn read_all(payload: &Bytes, layouts: &LayoutCache) {
     let _ = BlocksAnswer::decode(&frame(kinds::BLOCKS_ANSWER));
     let _ = RelayHeader::decode(&frame(kinds::RELAY_HEADER));
     let _ = RegistryFrame::decode(frame(kinds::REGISTRY));
+    let _ = LoadAnswer::decode(&frame(kinds::LOAD));
 }
 
 /// The newest version.

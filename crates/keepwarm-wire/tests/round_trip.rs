@@ -5,12 +5,13 @@ mod arbitrary;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use keepwarm_core::placement::NodeLoad;
 use keepwarm_core::replica::{Content, Envelope, Message};
 use keepwarm_core::session::{BLOCK_BYTES_MAX, Layout, Manifest};
 use keepwarm_core::shard::Record;
-use keepwarm_types::{Generation, InstanceId, ShardId};
+use keepwarm_types::{Bytes as ByteCount, Generation, InstanceId, ShardId};
 use keepwarm_wire::blocks::{BlocksAnswer, BlocksHeader, Direction};
-use keepwarm_wire::control::{RegistryFrame, RelayHeader};
+use keepwarm_wire::control::{LoadAnswer, RegistryFrame, RelayHeader};
 use keepwarm_wire::{EncodeError, Frame, LayoutCache, envelope, kinds};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -107,6 +108,26 @@ proptest! {
         let frame = header.encode(version).unwrap();
         prop_assert_eq!(said(&frame), version.number());
         prop_assert_eq!(RelayHeader::decode(&frame), Ok(header));
+    }
+}
+
+#[test]
+fn how_a_node_is_can_be_asked_and_said_from_version_2_on() {
+    let load = NodeLoad { runs: true, queue: 3, used: ByteCount(5), capacity: ByteCount(1 << 40) };
+    for version in arbitrary::versions() {
+        let what = "how a node is";
+        let older = Err(EncodeError::Unsayable { what, version, since: 2 });
+        match version.number() {
+            1 => {
+                assert_eq!(LoadAnswer::question(version), older);
+                assert_eq!(LoadAnswer(load).encode(version), older);
+            }
+            number => {
+                assert_eq!(LoadAnswer::question(version).unwrap().kind, kinds::LOAD);
+                let frame = LoadAnswer(load).encode(version).unwrap();
+                assert_eq!((said(&frame), LoadAnswer::decode(&frame)), (number, Ok(LoadAnswer(load))));
+            }
+        }
     }
 }
 

@@ -41,6 +41,15 @@ pub(super) async fn run(
                     answer.send(Frame { kind: kinds::REGISTRY, payload });
                 });
             }
+            Incoming::Call { request, answer, .. } if request.kind == kinds::LOAD => {
+                if let Some(handle) = cluster.get().and_then(|cluster| cluster.node()) {
+                    tokio::spawn(async move {
+                        if let Some(load) = super::load::answer(&handle, answer.version()).await {
+                            answer.send(load);
+                        }
+                    });
+                }
+            }
             Incoming::Call { from, request, .. } => {
                 tracing::warn!(node = %from.node, kind = request.kind, "a call of an unknown kind");
             }

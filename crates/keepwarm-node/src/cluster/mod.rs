@@ -3,12 +3,13 @@
 //! - **Owns** the transport and the registry's handle; knows where each shard's primary is.
 //! - `start`: links, registry, registration, in this order. `watch`: the registry's news to the shards, and who hears
 //!   whom to the registry. `inbound`: what other nodes send, to whom it belongs. `blocks`: bytes between pinned
-//!   arenas. `relay`: a client's request on its way to the owner.
+//!   arenas. `relay`: a client's request on its way to the owner. `load`: which node takes a new session.
 //!
 //! Tasks here end with the node. None holds a lock across an await; whatever waits has a deadline.
 
 mod blocks;
 mod inbound;
+mod load;
 mod relay;
 mod start;
 mod watch;
@@ -42,6 +43,7 @@ pub(crate) struct Cluster {
     /// The node's actors, once they run; they own this, so it must not own them.
     handle: OnceLock<WeakHandle>,
     relays: mpsc::Sender<IncomingRelay>,
+    found: load::Found,
     tasks: std::sync::Mutex<Vec<AbortHandle>>,
 }
 

@@ -158,6 +158,7 @@ pub(crate) async fn join(
         layouts: LayoutCache::new(),
         handle: OnceLock::new(),
         relays,
+        found: super::load::Found::default(),
         tasks: std::sync::Mutex::new([inbound.abort_handle()].into_iter().chain(renewing).collect()),
     });
     let _ = begun.set(Arc::clone(&cluster));

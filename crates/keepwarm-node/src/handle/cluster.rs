@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use keepwarm_core::placement::NodeLoad;
 use keepwarm_core::registry::NodeStatus;
 use keepwarm_types::{NodeName, SessionId, ShardId};
+use tokio::sync::oneshot;
 
-use super::inner::Handle;
+use super::inner::{Handle, restarting, send};
 use crate::cluster::{Cluster, RelayStream, RelayedCaller};
 use crate::error::Error;
+use crate::pinned::PinnedMsg;
 
 /// Where a request belongs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,24 @@ impl Handle {
             Some(owner) if owner == *cluster.member() => Whereabouts::Here,
             Some(owner) => Whereabouts::At(owner.node),
         }
+    }
+
+    /// The node that shall take a new session, where that is another than this one: far less pressed, or able to run it.
+    pub async fn home_for_new(&self) -> Option<NodeName> {
+        let cluster = self.cluster_link()?;
+        let here = self.load_now().await.ok()?;
+        cluster.home_for_new(&here).await
+    }
+
+    /// How this node is.
+    pub(crate) async fn load_now(&self) -> Result<NodeLoad, Error> {
+        let healthy = self.inner().boards.iter().filter(|board| board.healthy());
+        let queue = healthy.map(|board| board.load().queue).min();
+        let (reply, told) = oneshot::channel();
+        send(self.links().pinned()?, PinnedMsg::Info(reply), "pinned memory")?;
+        let pinned = told.await.map_err(|_| restarting("pinned memory"))?.arena;
+        let (runs, queue) = (queue.is_some(), queue.unwrap_or(0));
+        Ok(NodeLoad { runs, queue, used: pinned.used, capacity: pinned.reserved })
     }
 
     /// A node that owns shards, for a session without an id: this one, where it does.

@@ -1,0 +1,93 @@
+//! Where a new session goes: here, or to another node that is far better off. Others are asked only while this node is
+//! pressed, two of them at a time: the better of two random choices is nearly as good as the best of all (Mitzenmacher,
+//! "The Power of Two Choices in Randomized Load Balancing", 2001), and costs one round trip whatever the cluster's size.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use keepwarm_core::placement::{NodeLoad, choose_node};
+use keepwarm_core::registry::NodeStatus;
+use keepwarm_transport::{Class, Frame};
+use keepwarm_types::NodeName;
+use keepwarm_wire::control::LoadAnswer;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::Cluster;
+use crate::handle::Handle;
+
+/// How many others are asked.
+const ASKED: usize = 2;
+/// How long they may take: a new session waits.
+const ANSWER_DEADLINE: Duration = Duration::from_millis(100);
+/// How long what was found holds: many sessions that are made at once cost one question.
+const HOLDS: Duration = Duration::from_millis(250);
+
+/// What was last found.
+#[derive(Debug, Default)]
+pub(super) struct Found(Mutex<Option<(Instant, Option<NodeName>)>>);
+
+impl Found {
+    fn now(&self) -> Option<Option<NodeName>> {
+        let found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        found.as_ref().filter(|(at, _)| at.elapsed() < HOLDS).map(|(_, node)| node.clone())
+    }
+
+    fn set(&self, node: Option<NodeName>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), node));
+    }
+}
+
+impl Cluster {
+    /// The node that takes a new session; none where it stays here.
+    pub(crate) async fn home_for_new(&self, here: &NodeLoad) -> Option<NodeName> {
+        if !here.pressed() {
+            return None;
+        }
+        if let Some(found) = self.found.now() {
+            return found;
+        }
+        let asked = self.some_others().into_iter().map(|node| async move {
+            let load = self.ask_load(&node).await?;
+            Some((node, load))
+        });
+        let loads: Vec<_> = join_all(asked).await.into_iter().flatten().collect();
+        let node = choose_node(here, &loads).cloned();
+        self.found.set(node.clone());
+        node
+    }
+
+    /// Some other nodes that own shards and are not being emptied, at random.
+    fn some_others(&self) -> Vec<NodeName> {
+        let map = self.map();
+        let me = &self.member().node;
+        let up = map.nodes().iter().filter(|node| node.status == NodeStatus::Up);
+        let names = up.map(|node| &node.registration.node).filter(|name| *name != me);
+        let mut others: Vec<_> = names.filter(|name| self.leads(name)).cloned().collect();
+        let mut some = Vec::new();
+        while some.len() < ASKED && !others.is_empty() {
+            let at = Uuid::new_v4().as_u128() % others.len() as u128;
+            some.push(others.swap_remove(at as usize));
+        }
+        some
+    }
+
+    fn leads(&self, node: &NodeName) -> bool {
+        let map = self.told.borrow().clone();
+        map.shards().any(|shard| map.primary(shard).is_some_and(|primary| primary.node == *node))
+    }
+
+    /// How a node is; none where it does not say so in time, or cannot.
+    async fn ask_load(&self, node: &NodeName) -> Option<NodeLoad> {
+        let question = LoadAnswer::question(self.transport.version(node)?).ok()?;
+        let answer = self.transport.call(node, Class::Ownership, question, ANSWER_DEADLINE).await.ok()?;
+        LoadAnswer::decode(&answer).ok().map(|answer| answer.0)
+    }
+}
+
+/// Answers another node that asks.
+pub(super) async fn answer(handle: &Handle, version: keepwarm_wire::Version) -> Option<Frame> {
+    let load = handle.load_now().await.ok()?;
+    LoadAnswer(load).encode(version).ok()
+}
