@@ -19,6 +19,7 @@ mod checkpoint;
 mod clock;
 mod cluster;
 mod copy;
+mod disk;
 mod error;
 mod gpu;
 mod growth;

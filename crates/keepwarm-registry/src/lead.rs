@@ -133,7 +133,7 @@ impl Shared {
             }
         }
         let now = (registry.version(), leading.detector.conditions());
-        if leading.planning || leading.planned_for.as_ref() == Some(&now) {
+        if !leading.detector.settled() || leading.planning || leading.planned_for.as_ref() == Some(&now) {
             return;
         }
         leading.planning = true;

@@ -40,6 +40,8 @@ pub struct Node {
 pub struct Cluster {
     program: PathBuf,
     folder: PathBuf,
+    /// What the environments of nodes have beside this process's own.
+    environment: Vec<(String, Vec<(String, String)>)>,
     pub nodes: Vec<Node>,
 }
 
@@ -80,6 +82,20 @@ impl Cluster {
     /// # Errors
     /// What `init` or a node said.
     pub async fn start(program: &Path, folder: &Path, nodes: u16) -> Result<Self, String> {
+        Self::start_changed(program, folder, nodes, |_, file| file, Vec::new()).await
+    }
+
+    /// The same with a changed `cluster.toml`, and with more in the environments of nodes, by name.
+    ///
+    /// # Errors
+    /// What `init` or a node said.
+    pub async fn start_changed(
+        program: &Path,
+        folder: &Path,
+        nodes: u16,
+        change: impl FnOnce(&Path, String) -> String,
+        environment: Vec<(String, Vec<(String, String)>)>,
+    ) -> Result<Self, String> {
         let base = free_base(nodes)?;
         let mut init = Command::new(program);
         init.args(["init", "--nodes", &nodes.to_string(), "--port-base", &base.to_string(), "--dir"]);
@@ -92,7 +108,7 @@ impl Cluster {
         let file = folder.join("cluster/cluster.toml");
         let text = std::fs::read_to_string(&file).map_err(|error| error.to_string())?;
         let small = text.replace("256MiB", "16MiB").replace("512MiB", "64MiB");
-        std::fs::write(&file, small).map_err(|error| error.to_string())?;
+        std::fs::write(&file, change(folder, small)).map_err(|error| error.to_string())?;
         let node = |n: u16| Node {
             name: format!("n{n}"),
             url: format!("http://127.0.0.1:{}", base + n),
@@ -102,6 +118,7 @@ impl Cluster {
         let mut cluster = Self {
             program: program.to_owned(),
             folder: folder.to_owned(),
+            environment,
             nodes: (1..=nodes).map(node).collect(),
         };
         cluster.start_all().await?;
@@ -116,7 +133,9 @@ impl Cluster {
         let name = self.nodes[node].name.clone();
         let log = self.folder.join(format!("{name}.log"));
         let log = std::fs::File::options().create(true).append(true).open(log);
+        let more = self.environment.iter().filter(|(node, _)| *node == name).flat_map(|(_, more)| more);
         let child = Command::new(&self.program)
+            .envs(more.map(|(key, value)| (key, value)))
             .args(["serve", "--until-stdin-ends", "--node", &name, "--config"])
             .arg(self.folder.join("cluster/cluster.toml"))
             .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| LOG.to_owned()))

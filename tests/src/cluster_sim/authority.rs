@@ -5,6 +5,7 @@ use std::sync::Arc;
 use keepwarm_core::registry::{Entry, Member, NodeStatus, Registration, Response, plan};
 use keepwarm_core::replica::ReplicaEvent;
 use keepwarm_types::{Generation, Incarnation, Millis, ShardId, Timestamp};
+use keepwarm_wire::{VERSION_OLDEST, Versions};
 use uuid::Uuid;
 
 use super::node::Process;
@@ -258,7 +259,10 @@ impl World {
         self.lives += 1;
         let (life, room, shape) = (self.lives, self.shape.room, self.shape);
         self.say(|| format!("n{} starts, life {life}", node + 1));
-        let mut process = Process::new(life, room);
+        let before = shape.rolling && life <= shape.nodes as u64;
+        let versions =
+            if before { Versions { newest: VERSION_OLDEST, ..Versions::ALL } } else { Versions::ALL };
+        let mut process = Process::new(life, room, versions);
         let there = &mut self.nodes[node];
         let known = self.registry.node(&there.name);
         let up = |member: &Member| {

@@ -86,6 +86,13 @@ impl World {
             let at = rng.random_range(FORMING_MS..FAULTS_MS - lasts);
             self.after(at, Happening::Fault(Fault::Drain { node: rng.random_range(0..nodes), lasts }));
         }
+        if self.shape.rolling {
+            for node in 0..nodes {
+                let at = FORMING_MS + (FAULTS_MS - FORMING_MS) / (nodes as u64 + 1) * (node as u64 + 1);
+                let down = rng.random_range(20..200);
+                self.after(at, Happening::Fault(Fault::Crash { node, down, emptied: false }));
+            }
+        }
         if self.bug(Bug::ConfirmedByOne) {
             for at in [400, 2_700] {
                 self.after(at, Happening::Fault(Fault::OldPair { lasts: 2_000 }));
@@ -331,7 +338,8 @@ impl World {
         }
         for _ in 0..LEAVE_AT_ONCE.min(held.len()) {
             let (shard, key, birth) = held.swap_remove(self.below(held.len() as u64) as usize);
-            self.promises.evicting(&key);
+            let now = self.now;
+            self.promises.evicting(&key, now);
             self.on(node, shard, ReplicaEvent::Evict(key, birth));
         }
     }

@@ -3,11 +3,15 @@
 use keepwarm_core::registry::Member;
 use keepwarm_core::replica::{CopyFailed, Envelope, ReplicaEvent};
 use keepwarm_types::{InstanceId, SessionId, TenantName};
+use keepwarm_wire::envelope::{decode, encode};
+use keepwarm_wire::{LayoutCache, VERSION_OLDEST, Version};
 
 use super::bug::Bug;
 use super::world::{Happening, Local, Pins, Transfer, World};
 use crate::sim::memory::{Stamp, checksum};
 
+/// One message in so many is encoded and read again.
+const CODED: u64 = 16;
 /// How long a sender waits before it takes its peer for unreachable.
 const UNREACHABLE_MS: u64 = 150;
 
@@ -27,9 +31,32 @@ impl World {
         (process.member.as_ref() == Some(member) && !process.paused).then_some(at)
     }
 
+    /// The version that two nodes' processes speak; none where one of them does not run.
+    fn version(&self, one: usize, other: usize) -> Option<Version> {
+        let versions = |at: usize| self.nodes[at].process.as_ref().map(|process| process.versions);
+        versions(one)?.common(versions(other)?).ok()
+    }
+
+    /// Now and then a message goes as the bytes that a link carries.
+    fn as_bytes(&mut self, at: usize, to: usize, envelope: &Envelope) {
+        let Some(version) = self.version(at, to).filter(|_| envelope.sent.is_multiple_of(CODED)) else {
+            return;
+        };
+        let read = encode(envelope, version)
+            .map_err(|error| error.to_string())
+            .and_then(|frame| decode(&frame, &LayoutCache::new()).map_err(|error| error.to_string()));
+        let why = match read {
+            Ok(read) if read == *envelope => return,
+            Ok(read) => format!("{envelope:?} was read as {read:?}"),
+            Err(error) => format!("{envelope:?}: {error}"),
+        };
+        self.check(Err(why));
+    }
+
     pub fn send(&mut self, at: usize, envelope: Envelope) {
         let Some(envelope) = self.misled(at, envelope) else { return };
         let to = self.place(&envelope.to);
+        self.as_bytes(at, to, &envelope);
         if self.is_cut(at, to) || self.chance(self.shape.loss) {
             return;
         }
@@ -120,6 +147,11 @@ impl World {
     }
 
     fn arrive(&mut self, source: usize, target: usize, transfer: &Transfer) -> Result<(), CopyFailed> {
+        // The version before has no word for it.
+        let known = self.version(source, target).is_some_and(|version| version.number() > VERSION_OLDEST);
+        if transfer.spare && !transfer.fetched && !known {
+            return Err(CopyFailed::NoRoom);
+        }
         let bytes = self.read_out(source, target, transfer)?;
         let full = transfer.spare && self.chance(200);
         let Some(process) = &mut self.nodes[target].process else { return Err(CopyFailed::Unreachable) };

@@ -6,6 +6,7 @@ use keepwarm_core::registry::Member;
 use keepwarm_core::replica::{Replica, ReplicaSettings};
 use keepwarm_core::shard::{Answer, Refusal, RequestId};
 use keepwarm_types::{Incarnation, InstanceId, Millis, NodeName, SessionKey, ShardCount, ShardId, Timestamp};
+use keepwarm_wire::Versions;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -49,6 +50,8 @@ pub type Held = (Result<Box<Answer>, Refusal>, Vec<InstanceId>);
 /// What ends with a crash.
 #[derive(Debug)]
 pub struct Process {
+    /// What it speaks with its peers.
+    pub versions: Versions,
     pub life: u64,
     /// Once it is registered.
     pub member: Option<Member>,
@@ -98,9 +101,10 @@ impl Node {
 
 impl Process {
     #[must_use]
-    pub const fn new(life: u64, room: usize) -> Self {
+    pub const fn new(life: u64, room: usize, versions: Versions) -> Self {
         Self {
             life,
+            versions,
             member: None,
             memory: Memory::new(room, life),
             replicas: BTreeMap::new(),

@@ -5,9 +5,12 @@ use std::sync::Arc;
 
 use keepwarm_core::registry::Member;
 use keepwarm_core::session::{self, Manifest};
-use keepwarm_types::{Birth, Bytes, Generation, SessionKey, ShardId};
+use keepwarm_types::{Birth, Bytes, Generation, Millis, SessionKey, ShardId, Timestamp};
 
 use crate::sim::oracle::Oracle;
+
+/// How long an eviction may be under way: a copy or two of its bytes, and its change.
+const UNDER_WAY: Millis = Millis(2_000);
 
 /// Who was said to hold which revision of a session.
 #[derive(Debug, Clone)]
@@ -15,8 +18,8 @@ pub struct Told {
     pub birth: Birth,
     pub revision: u64,
     pub holders: Arc<[Member]>,
-    /// Whether somebody asked since that the bytes go.
-    pub evicting: bool,
+    /// When somebody last asked that the bytes go.
+    pub evicting: Option<Timestamp>,
 }
 
 /// One state of one life of a session.
@@ -45,9 +48,9 @@ impl Promises {
     }
 
     /// Somebody asks that a session's bytes go.
-    pub fn evicting(&mut self, key: &SessionKey) {
+    pub fn evicting(&mut self, key: &SessionKey, now: Timestamp) {
         if let Some(told) = self.told.get_mut(key) {
-            told.evicting = true;
+            told.evicting = Some(now);
         }
     }
 
@@ -63,13 +66,18 @@ impl Promises {
     }
 
     /// A client sees a session in this state.
-    pub fn saw(&mut self, manifest: &Manifest) {
+    pub fn saw(&mut self, manifest: &Manifest, now: Timestamp) {
         let (birth, revision) = (manifest.birth, manifest.revision.0);
         let known = self.told.get(&manifest.key);
         let newer = known.is_none_or(|told| told.birth != birth || told.revision < revision);
         if newer && manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
             let holders = Arc::clone(&manifest.holders);
-            self.told.insert(manifest.key.clone(), Told { birth, revision, holders, evicting: false });
+            // What was asked a moment ago may be carried out on what is seen only now.
+            let evicting = known
+                .filter(|told| told.birth == birth)
+                .and_then(|told| told.evicting)
+                .filter(|asked| now.since(*asked) < UNDER_WAY);
+            self.told.insert(manifest.key.clone(), Told { birth, revision, holders, evicting });
         }
     }
 

@@ -27,7 +27,8 @@ impl World {
         let id = RequestId(process.next);
         process.asked.insert(id, Asked { call, key: key.clone(), brought });
         if let Verb::GoCold { .. } = &verb {
-            self.promises.evicting(&key);
+            let now = self.now;
+            self.promises.evicting(&key, now);
         }
         self.on(at, shard, ReplicaEvent::Request(Request { id, key, verb }));
     }

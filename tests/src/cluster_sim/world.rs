@@ -121,6 +121,8 @@ pub struct Shape {
     pub doubled: u32,
     /// Room in each node, in blocks.
     pub room: usize,
+    /// All begin with the version before, and are started again one after another with the present one.
+    pub rolling: bool,
 }
 
 /// Everything but the clients.
@@ -170,6 +172,7 @@ fn shape(rng: &mut ChaCha8Rng) -> Shape {
         loss: [0, 10, 60][rng.random_range(0..3)],
         doubled: [0, 20][rng.random_range(0..2)],
         room: if rng.random_range(0..4) == 0 { 40 } else { 400 },
+        rolling: rng.random_range(0..4) == 0,
     }
 }
 

@@ -152,6 +152,12 @@ impl Detector {
         }
     }
 
+    /// Whether everybody has been heard, or had the time to be: what is planned before that goes around nothing.
+    #[must_use]
+    pub const fn settled(&self) -> bool {
+        self.settled
+    }
+
     /// What [`plan_under`](super::plan_under) goes around, as of the last tick.
     #[must_use]
     pub fn conditions(&self) -> Conditions {

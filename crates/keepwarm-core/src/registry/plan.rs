@@ -253,9 +253,13 @@ fn better_primary(
         .skip(1)
         .filter(|place| !cut_off(*place, set, apart))
         .filter_map(|place| nodes.get(&place))
-        .filter(|node| !node.draining && node.leads)
-        .min_by_key(|node| (node.primaries, node.place))?;
-    let unfit = first.draining || !first.leads || cut_off(primary, set, apart);
+        .filter(|node| !node.draining)
+        .min_by_key(|node| (!node.leads, node.primaries, node.place))?;
+    let fitter = least.leads && !first.leads;
+    let unfit = first.draining || fitter || cut_off(primary, set, apart);
+    if !unfit && first.leads && !least.leads {
+        return None;
+    }
     if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
         nodes.get_mut(&primary)?.primaries -= 1;

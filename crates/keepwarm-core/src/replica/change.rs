@@ -3,13 +3,13 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{Bytes, SessionKey, Timestamp};
+use keepwarm_types::{Bytes, InstanceId, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::{CaughtUp, CopyFor};
 use super::message::{Message, Prepare};
 use super::office::OWN;
-use super::state::{Part, RESEND, Replica, Then, release};
+use super::state::{Part, RESEND, Replica, Then, release, retain};
 use crate::registry::Member;
 use crate::session::{BlockRef, Manifest, Stamp};
 use crate::shard::{Command, Event, PersistError, Record, RequestId, Ticket};
@@ -290,8 +290,7 @@ impl Replica {
         let manifest = change.manifest().cloned();
         if let Some(manifest) = manifest.filter(|manifest| !holding && manifest.holders.contains(from)) {
             // It is named as a holder: it counts once it has the bytes.
-            let again = |copy: &CopyFor| matches!(copy, CopyFor::Again { ticket: t, to } if *t == ticket && to == from);
-            if office.copying.values().any(again) {
+            if self.again_under_way(ticket, from) {
                 return;
             }
             let id = self.next_copy();
@@ -396,6 +395,7 @@ impl Replica {
         let direct = office.shard.asker(ticket);
         let (key, stamp) = (change.key.clone(), change.record.stamp());
         let lost = !change.lost.is_empty();
+        let kept = self.bytes_for_a_holder_that_left(&key, ticket);
         self.forget_change(ticket);
         let Part::Primary(office) = &mut self.part else { return };
         if let Some(stamp) = stamp {
@@ -407,13 +407,32 @@ impl Replica {
             out.push(release(stale));
         }
         let full = office.peers.iter().any(|peer| peer.notices.len() == NOTICES_MAX);
+        let kept = kept.filter(|_| stamp.is_some());
+        if let Some(kept) = &kept {
+            out.push(retain(kept.clone()));
+        }
         self.drive(now, Event::Persisted(ticket), direct, out);
         if full {
             self.tell_commits(now, out);
         }
         self.look_at(&key, lost);
+        if let (Some(kept), Some(stamp)) = (kept, stamp) {
+            let me = self.settings.member.clone();
+            self.place_with(now, &key, stamp, me, kept, out);
+        }
         self.heal_between_changes(now, &key, out);
         self.fetched(now, out);
+    }
+
+    /// What this node keeps of a session that a change takes from it, since one of its next holders has left the set
+    /// while the change was on its way: those bytes may be the last, or fewer copies than were promised.
+    fn bytes_for_a_holder_that_left(&self, key: &SessionKey, ticket: Ticket) -> Option<Vec<InstanceId>> {
+        let Part::Primary(office) = &self.part else { return None };
+        let me = &self.settings.member;
+        let (now, next) = (office.shard.committed(key)?, office.changes.get(&ticket)?.manifest()?);
+        let leaves = now.holders.contains(me) && !next.holders.is_empty() && !next.holders.contains(me);
+        let gone = next.holders.iter().any(|holder| !self.set.replicas.contains(holder));
+        (leaves && gone).then(|| next.instances().map(|block| block.instance).collect())
     }
 
     /// After the set has changed, some may be enough.

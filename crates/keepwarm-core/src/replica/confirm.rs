@@ -16,6 +16,8 @@ use crate::shard::{Answer, Event, RETRY_AFTER, Refusal, Request, RequestId, Verb
 pub(super) struct Rounds {
     /// The last round that was begun.
     pub(super) begun: u64,
+    /// When it was begun.
+    pub(super) began_at: Timestamp,
     at: Timestamp,
     /// The last round that the registry confirmed.
     registry: u64,
@@ -126,6 +128,7 @@ impl Replica {
     fn begin_round(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &mut self.part else { return };
         office.rounds.begun += 1;
+        office.rounds.began_at = now;
         self.ask_round(now, out);
     }
 

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, Bytes, InstanceId, SessionKey};
+use keepwarm_types::{Birth, Bytes, InstanceId, SessionKey, Timestamp};
 
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Prepare, Span};
-use super::state::{Part, Replica, Then, release, retain};
+use super::state::{Part, Replica, Then, parent, release, retain};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State, TranscriptDelta};
 use crate::shard::{Command, Record, Residence, Tombstone, TranscriptChange};
@@ -41,6 +41,27 @@ impl Copy {
         };
         let bare = matches!(&head, Head::Live(manifest) if bytes(manifest));
         Self { head, holding: false, bare, extra: Vec::new(), heard: 0 }
+    }
+
+    /// The head, if its next holders have gone before they were committed and all of its bytes are here still: what they
+    /// were to take over from this node. Those bytes are the head's again then.
+    pub(super) fn taken_back(&mut self, me: &Member, set: &[Member]) -> Option<Arc<Manifest>> {
+        let Head::Live(manifest) = &self.head else { return None };
+        let warm = manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO;
+        let gone = manifest.holders.iter().all(|holder| holder == me || !set.contains(holder));
+        let blocks: Vec<_> = manifest.instances().map(|block| block.instance).collect();
+        let here = !blocks.is_empty() && blocks.iter().all(|block| self.extra.contains(block));
+        if self.holding || self.bare || !warm || !gone || !here {
+            return None;
+        }
+        let mut taken = Manifest::clone(manifest);
+        taken.holders = Arc::from([me.clone()]);
+        for block in blocks {
+            if let Some(at) = self.extra.iter().position(|extra| *extra == block) {
+                self.extra.swap_remove(at);
+            }
+        }
+        Some(Arc::new(taken))
     }
 
     pub(super) fn stamp(&self) -> Stamp {
@@ -77,6 +98,12 @@ impl Follower {
     /// Whether the primary said something later of this session, or may have.
     fn is_late(&self, key: &SessionKey, sent: u64) -> bool {
         sent < self.copies.get(key).map_or(self.dropped, |copy| copy.heard)
+    }
+
+    /// Whether a session's bytes may not be dropped yet, as far as is known here.
+    pub(super) fn protected(&self, now: Timestamp, key: &SessionKey) -> bool {
+        matches!(self.copies.get(key).map(|copy| &copy.head),
+            Some(Head::Live(manifest)) if manifest.protect.until(manifest.last_used_at) > now)
     }
 
     /// Another primary counts its messages anew.
@@ -211,12 +238,12 @@ impl Replica {
 
     /// A prefix of another session's transcript can be taken here only if that session is here as it was there.
     fn has_parent(&self, record: &Record) -> bool {
-        match record {
-            Record::Manifest(_, TranscriptChange::CopyFrom { parent, stamp, .. }) => {
-                self.head(parent) == Some(*stamp) && !self.saving.contains_key(parent)
-            }
-            _ => true,
-        }
+        parent(record).is_none_or(|(key, met)| self.head(key) == Some(met) && !self.saving.contains_key(key))
+    }
+
+    /// A copy that is not on disk and cannot be put there from here is not here.
+    pub(super) fn forget_unsaved(&mut self, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        self.replace(key, None, 0, false, out);
     }
 
     fn install(&mut self, from: Member, sent: u64, install: Install, out: &mut Vec<ReplicaCommand>) {
@@ -347,12 +374,13 @@ impl Replica {
             Head::Live(manifest) => Some((manifest, copy.holding)),
             Head::Ended(_) => None,
         });
-        let never = keepwarm_types::Timestamp(0);
+        let never = Timestamp(0);
         let residence = match live {
             Some((manifest, holding)) => Residence {
                 key: key.clone(),
                 birth: manifest.birth,
                 bytes: if holding { manifest.stored_bytes() } else { Bytes::ZERO },
+                stored: if holding { manifest.stored_bytes() } else { Bytes::ZERO },
                 protected_until: manifest.protect.until(manifest.last_used_at),
                 expires_at: manifest.expires_at(manifest.last_used_at),
                 leased: false,
@@ -362,6 +390,7 @@ impl Replica {
                 key: key.clone(),
                 birth: Birth::from_random(0),
                 bytes: Bytes::ZERO,
+                stored: Bytes::ZERO,
                 protected_until: never,
                 expires_at: never,
                 leased: false,

@@ -185,7 +185,13 @@ impl Replica {
         let id = self.next_copy();
         let Part::Primary(office) = &mut self.part else { return };
         if !manifest.holders.contains(&me) {
-            let from = manifest.holders[0].clone();
+            let waited_for = office.unfetched.contains_key(key);
+            if !waited_for && manifest.holders.len() >= wanted {
+                office.sick.remove(key);
+                return;
+            }
+            let failed = office.sick.get(key).map_or(0, |sick| sick.failed);
+            let from = manifest.holders[failed % manifest.holders.len()].clone();
             let instances = blocks.iter().map(|block| block.instance).collect();
             let copy = CopyFor::Fetch { key: key.clone(), met, from: from.clone(), blocks: instances };
             office.copying.insert(id, copy);
@@ -255,11 +261,19 @@ impl Replica {
                     self.turn_to_the_next(now, &key);
                     self.refuse_unfetched(&key, out);
                 }
-                Err(CopyFailed::Unreachable) => {}
+                // Another holder may be reached.
+                Err(CopyFailed::Unreachable) => self.turn_to_the_next(now, &key),
             },
             Some(CopyFor::Move(moving)) => self.moved(now, moving, result, out),
             None => {}
         }
+    }
+
+    /// Whether all bytes of a change are on their way to a holder again: it is at work, not silent.
+    pub(super) fn again_under_way(&self, ticket: Ticket, to: &Member) -> bool {
+        let Part::Primary(office) = &self.part else { return false };
+        let again = |copy: &CopyFor| matches!(copy, CopyFor::Again { ticket: other, to: other_to } if *other == ticket && other_to == to);
+        office.copying.values().any(again)
     }
 
     /// A session that cannot be healed now lets the others go first.
@@ -281,7 +295,7 @@ impl Replica {
 
     /// Commits that one more member holds the bytes of exactly this state, and nobody whom it would be one too many.
     /// `brought` came for that, with a name each.
-    fn place_with(
+    pub(super) fn place_with(
         &mut self,
         now: Timestamp,
         key: &SessionKey,

@@ -57,8 +57,10 @@ pub(super) struct Office {
     pub(super) full: HashMap<Member, Timestamp>,
     /// Requests of the own shard so far.
     pub(super) owned: u64,
-    /// When the learner's promotion was proposed.
+    /// When a change of the set was proposed.
     pub(super) proposed: Option<Timestamp>,
+    /// When somebody was last proposed to leave.
+    pub(super) accused: Option<Timestamp>,
 }
 
 impl Office {
@@ -123,11 +125,12 @@ impl Replica {
         let Part::Follower(follower) = &mut self.part else { return };
         let copies = std::mem::take(&mut follower.copies);
         let (mut manifests, mut graves, mut stale) = (Vec::new(), Vec::new(), BTreeMap::new());
-        for (key, copy) in copies {
+        for (key, mut copy) in copies {
+            let taken = copy.taken_back(&self.settings.member, &self.set.replicas);
             let Copy { head, holding, extra, .. } = copy;
             match head {
                 Head::Live(manifest) => {
-                    manifests.push(self.seen_from_set(&manifest, holding));
+                    manifests.push(taken.unwrap_or_else(|| self.seen_from_set(&manifest, holding)));
                 }
                 Head::Ended(grave) => graves.push((key.clone(), grave)),
             }
@@ -153,7 +156,7 @@ impl Replica {
         self.part = Part::Primary(Office {
             shard,
             began: self.set.generation,
-            peers: self.peers_of_set(&[]),
+            peers: self.peers_of_set(now, &[]),
             changes: BTreeMap::new(),
             changing: HashMap::new(),
             asked: BTreeMap::new(),
@@ -170,6 +173,7 @@ impl Replica {
             full: HashMap::new(),
             owned: 0,
             proposed: None,
+            accused: None,
         });
         let Part::Primary(office) = &self.part else { return };
         let mut reside = Vec::new();
@@ -185,7 +189,7 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let before = std::mem::take(&mut office.peers);
         office.shard.set_office(self.set.generation, holders);
-        let peers = self.peers_of_set(&before);
+        let peers = self.peers_of_set(now, &before);
         let members: Vec<_> = peers.iter().map(|peer| peer.member.clone()).collect();
         let Part::Primary(office) = &mut self.part else { return };
         office.peers = peers;
@@ -320,12 +324,12 @@ impl Replica {
     }
 
     /// The others of the set, those that were there before as they were.
-    fn peers_of_set(&self, before: &[Peer]) -> Vec<Peer> {
+    fn peers_of_set(&self, now: Timestamp, before: &[Peer]) -> Vec<Peer> {
         let replicas = self.set.replicas.iter().skip(1).map(|member| (member, false));
         let learner = self.set.learner.iter().map(|member| (member, true));
         let peer = |(member, learner): (&Member, bool)| {
             let old = before.iter().find(|peer| peer.member == *member).cloned();
-            Peer { learner, ..old.unwrap_or_else(|| Peer::new(member.clone())) }
+            Peer { learner, ..old.unwrap_or_else(|| Peer::new(member.clone(), now)) }
         };
         replicas.chain(learner).map(peer).collect()
     }

@@ -11,15 +11,35 @@ use keepwarm_types::{Birth, Bytes, ColdReason, InstanceId, Millis, SessionKey, T
 use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::CopyFor;
 use super::message::Message;
-use super::state::{Part, Replica, release};
+use super::state::{INBOX_TTL, Part, Replica, release};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State};
 use crate::shard::{Answer, Event, Refusal, Request, RequestId, Verb};
 
 /// Sessions of a shard that move at once: the foreground goes first.
 const MOVES_MAX: usize = 8;
-/// How long a replica that had no room to spare is not asked again.
+/// How long a replica that had no room to spare, or could not be reached, is not asked again.
 const FULL_FOR: Millis = Millis(1000);
+/// A copy that took longer has lost its first bytes by now, which nothing names there: half of what they are kept for.
+const COPY_MAX: Millis = Millis(INBOX_TTL.0 / 2);
+
+/// Why a session's bytes do not move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stuck {
+    /// Nobody has room for them.
+    NoRoom,
+    /// Not now.
+    NotNow(&'static str),
+}
+
+impl Stuck {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::NoRoom => "no other node of its set has room to spare",
+            Self::NotNow(why) => why,
+        }
+    }
+}
 
 /// A session's bytes on their way from a holder that has no room to a replica that may have some.
 #[derive(Debug)]
@@ -30,6 +50,7 @@ pub(super) struct Moving {
     away: Member,
     to: Member,
     blocks: Vec<InstanceId>,
+    began: Timestamp,
     /// Whoever asked for the move by name; a holder that only wants room has nobody.
     asker: Option<RequestId>,
 }
@@ -58,7 +79,14 @@ impl Replica {
         let me = self.settings.member.clone();
         match (&self.part, self.set.replicas.first().cloned()) {
             (Part::Primary(_), _) => self.make_room(now, &key, birth, &me, out),
-            (Part::Follower(_), Some(primary)) => self.say(&primary, Message::Evict { key, birth }, out),
+            (Part::Follower(follower), Some(primary)) => {
+                // What is protected may find no room elsewhere: whoever waits here does not count on it.
+                let protected = follower.protected(now, &key);
+                self.say(&primary, Message::Evict { key: key.clone(), birth }, out);
+                if protected {
+                    out.push(ReplicaCommand::Stays(key));
+                }
+            }
             (Part::Follower(_), None) => out.push(ReplicaCommand::Stays(key)),
         }
     }
@@ -72,8 +100,10 @@ impl Replica {
         away: &Member,
         out: &mut Vec<ReplicaCommand>,
     ) {
-        if self.begin_move(now, key, Some(birth), away, None, out).is_err() {
-            self.let_cool(now, key, birth, away, out);
+        match self.begin_move(now, key, Some(birth), away, None, out) {
+            Ok(()) => {}
+            Err(Stuck::NoRoom) => self.let_cool(now, key, birth, away, out),
+            Err(Stuck::NotNow(_)) => self.stays(key, away, out),
         }
     }
 
@@ -88,7 +118,7 @@ impl Replica {
             }
             Some(_) => match self.begin_move(now, &request.key, None, &me, Some(id), out) {
                 Ok(()) => return,
-                Err(why) => Refusal::Conflict(why.to_owned()),
+                Err(stuck) => Refusal::Conflict(stuck.text().to_owned()),
             },
         };
         self.hold(now, id, Err(refusal), out);
@@ -103,25 +133,27 @@ impl Replica {
         away: &Member,
         asker: Option<RequestId>,
         out: &mut Vec<ReplicaCommand>,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), Stuck> {
         let me = self.settings.member.clone();
-        let Part::Primary(office) = &mut self.part else { return Err("another node owns it") };
+        let Part::Primary(office) = &mut self.part else { return Err(Stuck::NotNow("another node owns it")) };
         let manifest = office.shard.committed(key).filter(|manifest| {
             let bytes = manifest.state == State::Warm && manifest.stored_bytes() > Bytes::ZERO;
             bytes && birth.is_none_or(|birth| manifest.birth == birth) && manifest.holders.contains(away)
         });
-        let Some(manifest) = manifest.map(Arc::clone) else { return Err("it has no bytes there") };
+        let Some(manifest) = manifest.map(Arc::clone) else {
+            return Err(Stuck::NotNow("it has no bytes there"));
+        };
         if office.shard.changing(key) || self.saving.contains_key(key) || !office.is_settled(key) {
-            return Err("a change of it is under way");
+            return Err(Stuck::NotNow("a change of it is under way"));
         }
         if *away == me && office.shard.leased(now, key) {
-            return Err("it is leased");
+            return Err(Stuck::NotNow("it is leased"));
         }
         if office.copying.values().any(|copy| copy.moves() == Some(key)) {
-            return Err("its bytes are moving already");
+            return Err(Stuck::NotNow("its bytes are moving already"));
         }
         if office.copying.values().filter(|copy| copy.moves().is_some()).count() >= MOVES_MAX {
-            return Err("too many sessions are moving already");
+            return Err(Stuck::NotNow("too many sessions are moving already"));
         }
         office.full.retain(|_, until| *until > now);
         let holds_here = manifest.holders.contains(&me);
@@ -131,7 +163,7 @@ impl Replica {
             new && (holds_here || **replica == me)
         };
         let Some(to) = self.set.replicas.iter().find(may).cloned() else {
-            return Err("no other node of its set has room to spare");
+            return Err(Stuck::NoRoom);
         };
         let blocks: Vec<_> = manifest.instances().copied().collect();
         let id = self.next_copy();
@@ -142,9 +174,10 @@ impl Replica {
             away: away.clone(),
             to: to.clone(),
             blocks: blocks.iter().map(|block| block.instance).collect(),
+            began: now,
             asker,
         };
-        let Part::Primary(office) = &mut self.part else { return Err("another node owns it") };
+        let Part::Primary(office) = &mut self.part else { return Err(Stuck::NotNow("another node owns it")) };
         office.copying.insert(id, CopyFor::Move(moving));
         let (key, birth) = (key.clone(), manifest.birth);
         out.push(if to == me {
@@ -164,17 +197,18 @@ impl Replica {
         out: &mut Vec<ReplicaCommand>,
     ) {
         let me = self.settings.member.clone();
-        let Moving { key, birth, met, away, to, blocks, asker } = moving;
+        let Moving { key, birth, met, away, to, blocks, began, asker } = moving;
         let brought = if to == me { blocks } else { Vec::new() };
         let Part::Primary(office) = &mut self.part else { return };
-        if result == Err(CopyFailed::NoRoom) {
+        if result.is_err() {
             office.full.insert(to.clone(), now + FULL_FOR);
         }
         let committed = office.shard.committed(&key).filter(|manifest| manifest.stamp == met);
         let fits = |manifest: &&Arc<Manifest>| {
             let leased = away == me && office.shard.leased(now, &key);
             let quiet = !office.shard.changing(&key) && !self.saving.contains_key(&key);
-            quiet && !leased && self.set.replicas.contains(&to) && manifest.holders.contains(&away)
+            let in_time = to == me || now.since(began) <= COPY_MAX;
+            quiet && !leased && in_time && self.set.replicas.contains(&to) && manifest.holders.contains(&away)
         };
         if let (Ok(()), Some(manifest)) = (result, committed.filter(fits)) {
             let stay = manifest.holders.iter().filter(|holder| **holder != away);
@@ -195,17 +229,20 @@ impl Replica {
         if result.is_ok() && !brought.is_empty() {
             out.push(release(brought));
         }
+        if to == me && result == Err(CopyFailed::Gone) {
+            self.lacks(&away, &key);
+        }
         match asker {
             Some(id) => {
                 let why = match result {
                     Ok(()) => "it changed while its bytes moved",
-                    Err(CopyFailed::NoRoom) => "no other node of its set has room to spare",
+                    Err(CopyFailed::NoRoom) => Stuck::NoRoom.text(),
                     Err(_) => "its bytes could not be moved",
                 };
                 self.hold(now, id, Err(Refusal::Conflict(why.to_owned())), out);
             }
             // Another replica may have room.
-            None if result == Err(CopyFailed::NoRoom) => self.make_room(now, &key, birth, &away, out),
+            None if result.is_err() => self.make_room(now, &key, birth, &away, out),
             None => self.stays(&key, &away, out),
         }
     }
@@ -220,8 +257,9 @@ impl Replica {
         out: &mut Vec<ReplicaCommand>,
     ) {
         let Part::Primary(office) = &self.part else { return };
-        let moving = office.copying.values().any(|copy| copy.moves() == Some(key));
-        if moving || self.saving.contains_key(key) || !office.shard.may_cool(now, key, birth) {
+        // Who asked may have been relieved of it since.
+        let there = office.shard.committed(key).is_some_and(|manifest| manifest.holders.contains(away));
+        if !there || self.saving.contains_key(key) || !office.shard.may_cool(now, key, birth) {
             return self.stays(key, away, out);
         }
         let cold = Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };

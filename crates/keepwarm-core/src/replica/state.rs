@@ -11,13 +11,13 @@ use super::message::{Envelope, Message};
 use super::office::Office;
 use crate::registry::{Member, ReplicaSet};
 use crate::session::{Manifest, Protect, Stamp};
-use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone};
+use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone, TranscriptChange};
 
 /// How long an unanswered message waits before it is sent again: several round trips of any link, and less than a
 /// person notices.
 pub const RESEND: Millis = Millis(300);
 /// How long bytes that came for a change wait for it: longer than its sender keeps trying to reach the others.
-const INBOX_TTL: Millis = Millis(60_000);
+pub(super) const INBOX_TTL: Millis = Millis(60_000);
 /// How often deadlines are looked at while something is unanswered.
 const LOOK: Millis = Millis(50);
 /// How long after the catalog refused records they are given to it again.
@@ -41,6 +41,9 @@ pub enum Role {
 pub(super) struct Saving {
     pub(super) keys: Vec<SessionKey>,
     pub(super) then: Then,
+    /// Sessions whose transcripts the records begin with: on a primary they wait until those are on disk, so that what
+    /// has to be given to the catalog again still says the same.
+    pub(super) parents: Vec<SessionKey>,
 }
 
 #[derive(Debug)]
@@ -281,7 +284,7 @@ impl Replica {
             out.push(release(late));
         }
         for (_, saving, records) in self.retries.extract_if(.., |(at, ..)| *at <= now).collect::<Vec<_>>() {
-            self.save_again(saving, records, out);
+            self.save_again(now, saving, records, out);
         }
         if matches!(self.part, Part::Primary(_)) {
             self.office_tick(now, out);
@@ -370,12 +373,18 @@ impl Replica {
         then: Then,
         out: &mut Vec<ReplicaCommand>,
     ) {
-        if !matches!(then, Then::Change(_)) {
+        let parents = if let Then::Change(_) = then {
+            records.iter().filter_map(|record| parent(record).map(|(key, _)| key.clone())).collect()
+        } else {
             for key in &keys {
                 *self.saving.entry(key.clone()).or_default() += 1;
             }
+            Vec::new()
+        };
+        for key in &parents {
+            *self.saving.entry(key.clone()).or_default() += 1;
         }
-        self.give(Saving { keys, then }, records, out);
+        self.give(Saving { keys, then, parents }, records, out);
     }
 
     fn give(&mut self, saving: Saving, records: Vec<Record>, out: &mut Vec<ReplicaCommand>) {
@@ -386,7 +395,8 @@ impl Replica {
     }
 
     fn persisted(&mut self, now: Timestamp, ticket: Ticket, out: &mut Vec<ReplicaCommand>) {
-        let Some(Saving { keys, then }) = self.local.remove(&ticket) else { return };
+        let Some(Saving { keys, then, parents }) = self.local.remove(&ticket) else { return };
+        self.saved(&parents);
         match then {
             Then::Change(ticket) => self.saved_here(now, ticket, out),
             Then::Say(to, message) => {
@@ -423,18 +433,43 @@ impl Replica {
         if let Then::Change(change) = saving.then
             && self.not_saved_here(now, change, error, out)
         {
+            self.saved(&saving.parents);
+            self.touched(now, out);
             return;
         }
         // What others have, or may have, is tried until it is here too.
         self.retries.push((now + RETRY, saving, records));
     }
 
-    /// Gives refused records to the catalog again: those that are still what is to be on disk.
-    fn save_again(&mut self, saving: Saving, mut records: Vec<Record>, out: &mut Vec<ReplicaCommand>) {
+    /// Gives refused records to the catalog again: those that are still what is to be on disk. A fork whose parent is not
+    /// what it was any more would begin with other tokens.
+    //= GUARANTEES.md#G2
+    fn save_again(
+        &mut self,
+        now: Timestamp,
+        saving: Saving,
+        mut records: Vec<Record>,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
         let last: HashMap<_, _> =
             records.iter().map(|record| (record.key().clone(), record.stamp())).collect();
         records.retain(|record| self.head(record.key()) == last.get(record.key()).copied().flatten());
-        self.give(saving, records, out);
+        let moved_on = |record: &Record| parent(record).is_some_and(|(key, met)| self.head(key) != Some(met));
+        if !records.iter().any(moved_on) {
+            return self.give(saving, records, out);
+        }
+        match self.part {
+            // In doubt for as long as this process lives: the others may have it.
+            Part::Primary(_) => self.retries.push((now + RETRY, saving, records)),
+            // As its disk has it, it was never here; the primary sends it whole.
+            Part::Follower(_) => {
+                for key in &saving.keys {
+                    self.forget_unsaved(key, out);
+                }
+                self.saved(&saving.keys);
+                self.saved(&saving.parents);
+            }
+        }
     }
 
     /// A change of the own shard that is on its way to the catalog when the office ends is saved as a copy's is.
@@ -489,6 +524,14 @@ impl Replica {
             }
             Part::Follower(follower) => follower.validate(),
         }
+    }
+}
+
+/// The session that a record begins as a prefix of, and the state of it that is meant.
+pub(super) fn parent(record: &Record) -> Option<(&SessionKey, Stamp)> {
+    match record {
+        Record::Manifest(_, TranscriptChange::CopyFrom { parent, stamp, .. }) => Some((parent, *stamp)),
+        _ => None,
     }
 }
 

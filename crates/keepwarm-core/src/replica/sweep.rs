@@ -24,6 +24,8 @@ const INSTALLS_MAX: usize = 64;
 pub(super) struct Peer {
     pub(super) member: Member,
     pub(super) learner: bool,
+    /// When it came into the set, or this office began.
+    pub(super) joined: Timestamp,
     /// The sweep came so far; all keys up to it are settled, but for those in `installs`.
     pub(super) cursor: Option<SessionKey>,
     /// The sweep came to its end.
@@ -40,10 +42,11 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) const fn new(member: Member) -> Self {
+    pub(super) const fn new(member: Member, joined: Timestamp) -> Self {
         Self {
             member,
             learner: false,
+            joined,
             cursor: None,
             done: false,
             installs: BTreeMap::new(),

@@ -14,7 +14,7 @@
 
 mod book;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use keepwarm_types::{Birth, Bytes, Millis, SessionKey, TenantName, Timestamp};
 
@@ -30,8 +30,13 @@ const RETRY_DEFAULT: Millis = Millis(1000);
 const RETRY_MAX: Millis = Millis::from_secs(60);
 /// A proposal that was neither carried out nor refused is made again after this.
 const EVICTION_TIMEOUT: Millis = Millis::from_secs(10);
-/// A session that may not leave is not proposed again for this long, unless there is news of it.
+/// A session that may not leave is not proposed again for this long, unless what it is to the tier has changed.
 const REST: Millis = Millis(1000);
+/// Protected sessions that are proposed to move at once: their copies take a while.
+const MOVING_MAX: usize = 16;
+/// After so many of them were refused none is proposed for [`REST`]: nobody has room, and looking for the next one
+/// costs more the more of them rest.
+const REFUSED_MAX: u32 = 8;
 
 /// What a tier is told at its start.
 #[derive(Debug, Clone)]
@@ -200,6 +205,12 @@ pub struct Residency {
     leaving: HashMap<SessionKey, Leaving>,
     /// Sessions whose leaving was refused, and until when they are let alone.
     resting: HashMap<SessionKey, Timestamp>,
+    /// Protected sessions among those that leave.
+    moving: HashSet<SessionKey>,
+    /// Moves refused since one was last carried out or all rested.
+    refused: u32,
+    /// Until when no protected session is proposed.
+    moves_rest: Timestamp,
     waiters: VecDeque<Waiter>,
     used: Bytes,
 }
@@ -213,6 +224,9 @@ impl Residency {
             books: BTreeMap::new(),
             leaving: HashMap::new(),
             resting: HashMap::new(),
+            moving: HashSet::new(),
+            refused: 0,
+            moves_rest: Timestamp(0),
             waiters: VecDeque::new(),
             used: Bytes::ZERO,
         }
@@ -240,13 +254,16 @@ impl Residency {
     pub fn on(&mut self, now: Timestamp, event: ResidencyEvent) -> Vec<ResidencyCommand> {
         let mut out = Vec::new();
         match event {
-            ResidencyEvent::Put { key, resident, used } => self.put(key, resident, used),
+            ResidencyEvent::Put { key, resident, used } => self.put(now, key, resident, used),
             ResidencyEvent::Gone(key) => {
                 // An estimate until the arena's figures come: else its room would be looked for once more.
                 if let Some(leaving) = self.leaving.remove(&key) {
                     self.used = self.used.saturating_sub(leaving.bytes);
                 }
                 self.resting.remove(&key);
+                if self.moving.remove(&key) {
+                    self.refused = 0;
+                }
                 if let Some(book) = self.books.get_mut(&key.tenant) {
                     book.remove(&key);
                     if book.len() == 0 {
@@ -256,6 +273,12 @@ impl Residency {
             }
             ResidencyEvent::Refused(key) => {
                 self.leaving.remove(&key);
+                if self.moving.remove(&key) {
+                    self.refused += 1;
+                    if self.refused >= REFUSED_MAX {
+                        (self.refused, self.moves_rest) = (0, now + REST);
+                    }
+                }
                 if self.get(&key).is_some() {
                     self.resting.insert(key, now + REST);
                 }
@@ -278,6 +301,7 @@ impl Residency {
             ResidencyEvent::Used(used) => self.used = used,
             ResidencyEvent::Tick => {
                 self.leaving.retain(|_, leaving| now.since(leaving.since) < EVICTION_TIMEOUT);
+                self.moving.retain(|key| self.leaving.contains_key(key));
                 self.resting.retain(|_, until| *until > now);
             }
         }
@@ -286,9 +310,18 @@ impl Residency {
         out
     }
 
-    fn put(&mut self, key: SessionKey, resident: Resident, used: bool) {
+    fn put(&mut self, now: Timestamp, key: SessionKey, resident: Resident, used: bool) {
         let inclusive = self.settings.inclusive;
-        self.resting.remove(&key);
+        let news = self.get(&key).is_none_or(|old| {
+            let free = |resident: &Resident| resident.protected_until.min(resident.expires_at) <= now;
+            old.birth != resident.birth || old.leased != resident.leased || free(old) != free(&resident)
+        });
+        if news {
+            self.resting.remove(&key);
+        }
+        if let Some(leaving) = self.leaving.get_mut(&key) {
+            leaving.bytes = leaving.bytes.min(resident.bytes);
+        }
         self.books.entry(key.tenant.clone()).or_insert_with(|| Book::new(inclusive)).put(key, resident, used);
     }
 
@@ -352,6 +385,9 @@ impl Residency {
             let why = if resident.expires_at <= now { EvictReason::Expired } else { why };
             found += resident.bytes;
             self.leaving.insert(key.clone(), Leaving { bytes: resident.bytes, since: now });
+            if !self.settings.inclusive && resident.protected_until.min(resident.expires_at) > now {
+                self.moving.insert(key.clone());
+            }
             out.push(ResidencyCommand::Evict { key, birth: resident.birth, why });
         }
         found
@@ -368,7 +404,8 @@ impl Residency {
         };
         let dropped = self.victim_among(wanted_by, |book| book.victim(now, &stays));
         let movable = || self.victim_among(wanted_by, |book| book.movable(now, &stays));
-        dropped.or_else(|| self.settings.movable.then(movable).flatten())
+        let may_move = self.settings.movable && self.moves_rest <= now && self.moving.len() < MOVING_MAX;
+        dropped.or_else(|| may_move.then(movable).flatten())
     }
 
     /// Of the tenant that wants room, if it is over its share; else of the tenant that is furthest over its own; else

@@ -130,6 +130,27 @@ fn what_may_not_be_dropped_may_move_last_and_the_longest_unused_first() {
 }
 
 #[test]
+fn where_nobody_takes_what_is_protected_all_of_it_rests() {
+    let mut tier = Residency::new(settings(1000, false, true));
+    let protected = Resident { protected_until: Timestamp(90_000), ..resident(10) };
+    for n in 1..=90 {
+        tier.on(NOW, put(&key("a", n), protected.clone()));
+    }
+    let mut proposed = evicted(&tier.on(NOW, ResidencyEvent::Used(Bytes(950))));
+    assert_eq!(proposed.len(), 16, "no more at once: {proposed:?}");
+    let mut asked = 16;
+    while let Some(key) = proposed.pop() {
+        let more = evicted(&tier.on(NOW, ResidencyEvent::Refused(key)));
+        asked += more.len();
+        proposed.extend(more);
+    }
+    assert!(asked < 40, "{asked} of 90 were proposed though each was refused");
+    // A use is no news for who rests.
+    assert_eq!(evicted(&tier.on(NOW + Millis(500), put(&key("a", 1), protected.clone()))), []);
+    assert_eq!(evicted(&tier.on(NOW + Millis(1000), ResidencyEvent::Tick)).len(), 16);
+}
+
+#[test]
 fn room_waits_for_a_checkpoint_that_is_under_way_but_not_for_a_lease() {
     let mut tier = tier(100, true);
     let settling = Resident { leased: true, dirty: true, ..resident(80) };

@@ -112,6 +112,7 @@ impl Shard {
             key: key.clone(),
             birth,
             bytes: Bytes::ZERO,
+            stored: Bytes::ZERO,
             protected_until: now,
             expires_at: now,
             leased: false,

@@ -48,6 +48,8 @@ pub struct Residence {
     pub birth: Birth,
     /// Bytes that its manifest and stages name; zero when it holds none.
     pub bytes: Bytes,
+    /// Bytes of the session, wherever they are: what a quota counts.
+    pub stored: Bytes,
     /// Never dropped to make room before this.
     pub protected_until: Timestamp,
     /// When it expires.

@@ -305,6 +305,7 @@ impl Shard {
             key: key.clone(),
             birth: manifest.birth,
             bytes: self.held_bytes(manifest) + entry.staged_bytes(),
+            stored: manifest.stored_bytes() + entry.staged_bytes(),
             protected_until: manifest.protect.until(entry.last_used),
             expires_at: manifest.expires_at(entry.last_used),
             leased: entry.lease(now).is_some(),

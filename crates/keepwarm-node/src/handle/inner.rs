@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -12,9 +12,7 @@ use keepwarm_core::registry::{Fitness, Member};
 use keepwarm_core::session::{Manifest, State};
 use keepwarm_core::shard::{Refusal, Verb};
 use keepwarm_memory::{Block, BlockMut, Device, FaultPlan};
-use keepwarm_types::{
-    Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Owner, SessionKey, Timestamp,
-};
+use keepwarm_types::{Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Owner, SessionKey};
 use ractor::ActorRef;
 use tokio::sync::{broadcast, oneshot, watch};
 
@@ -23,6 +21,7 @@ use crate::admission::{Admission, Permit};
 use crate::book::Book;
 use crate::clock::now;
 use crate::cluster::Cluster;
+use crate::disk::DiskWatch;
 use crate::error::Error;
 use crate::gpu::Board;
 use crate::links::Links;
@@ -33,8 +32,6 @@ use crate::shard::{Answered, Ask, ShardMsg};
 
 /// How long another node's bytes wait for room here.
 const REPLICA_ROOM_WAIT: Millis = Millis(500);
-/// How long after the catalog refused records this node takes no copies of more shards.
-const DISK_REST: Millis = Millis(10_000);
 /// Events that a slow reader may be behind before it misses some.
 const EVENTS_KEPT: usize = 1024;
 
@@ -70,8 +67,7 @@ pub(crate) struct Inner {
     pub(super) contexts: Mutex<HashMap<(GpuIndex, String), ContextInfo>>,
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
-    /// When the catalog last refused records; zero where it never did.
-    disk_failed: AtomicU64,
+    pub(crate) disk: DiskWatch,
     /// Whether this process may begin anew: the cluster went on without it.
     superseded: AtomicBool,
     fail: watch::Sender<Option<String>>,
@@ -89,7 +85,7 @@ impl Inner {
             checkpoints: Mutex::default(),
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
-            disk_failed: AtomicU64::new(0),
+            disk: DiskWatch::default(),
             superseded: AtomicBool::new(false),
             config: parts.config,
             node: parts.node,
@@ -104,11 +100,6 @@ impl Inner {
 }
 
 impl Inner {
-    /// The catalog did not take records.
-    pub(crate) fn note_disk_failure(&self) {
-        self.disk_failed.store(now().0, Ordering::Relaxed);
-    }
-
     /// This process, as manifests and sets name it.
     pub(crate) fn member(&self) -> Member {
         Member { node: self.name.clone(), incarnation: self.incarnation }
@@ -209,10 +200,9 @@ impl Handle {
 
     /// What this node can do beside holding what it has, for the registry's plan.
     pub(crate) fn fitness(&self) -> Fitness {
-        let failed = Timestamp(self.inner.disk_failed.load(Ordering::Relaxed));
         Fitness {
             leads: self.inner.boards.iter().any(|board| board.healthy()),
-            learns: failed == Timestamp(0) || now().since(failed) >= DISK_REST,
+            learns: self.inner.disk.is_well(),
         }
     }
 

@@ -165,7 +165,7 @@ fn residency(handle: &Handle, capacity: Bytes, inclusive: bool) -> Residency {
     let tier = if inclusive { config.hbm } else { config.pinned };
     let shares = config.tenants.iter().map(|tenant| (tenant.name.clone(), tenant.share)).collect();
     // With more nodes than copies a set has replicas that hold no bytes and may take some.
-    let movable = !inclusive && config.nodes.len() > config.replication as usize;
+    let movable = !inclusive && config.storing().count() > config.replication as usize;
     let (low, high) = (tier.low, tier.high);
     Residency::new(ResidencySettings { capacity, low, high, inclusive, movable, shares })
 }

@@ -80,9 +80,12 @@ impl Actor for ShardActor {
                 tracing::debug!(%key, why = why.word(), "eviction proposed");
                 state.on(&myself, ReplicaEvent::Evict(key, birth));
             }
-            ShardMsg::Durable(ticket, Ok(())) => state.on(&myself, ReplicaEvent::Persisted(ticket)),
+            ShardMsg::Durable(ticket, Ok(())) => {
+                state.args.handle.inner().disk.answered(true);
+                state.on(&myself, ReplicaEvent::Persisted(ticket));
+            }
             ShardMsg::Durable(ticket, Err((error, records))) => {
-                state.args.handle.inner().note_disk_failure();
+                state.args.handle.inner().disk.answered(false);
                 state.on(&myself, ReplicaEvent::PersistFailed(ticket, error, records));
             }
             ShardMsg::Peer(envelope, _permit) => state.on(&myself, ReplicaEvent::Peer(envelope)),
@@ -220,7 +223,7 @@ impl ShardState {
             Command::Reside(residence) => {
                 let forever = residence.protected_until == Timestamp::NEVER;
                 let protect = forever.then_some(Protect::Forever);
-                self.args.handle.inner().book.hold(&residence.key, protect, residence.bytes);
+                self.args.handle.inner().book.hold(&residence.key, protect, residence.stored);
                 if let Ok(pinned) = self.args.handle.links().pinned() {
                     let _ = pinned.cast(PinnedMsg::Reside(residence));
                 }
@@ -234,6 +237,7 @@ impl ShardState {
     }
 
     fn persist(&self, myself: &ActorRef<ShardMsg>, ticket: Ticket, records: Vec<Record>) {
+        self.args.handle.inner().disk.asked();
         let to = myself.clone();
         let done = Box::new(move |outcome| {
             // A shard that has ended is recovered from what was persisted.

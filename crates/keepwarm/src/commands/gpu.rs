@@ -1,7 +1,7 @@
 //! `keepwarm gpu probe`: what GPUs there are, what a node would take of them, and why one cannot be used.
 
 use keepwarm_config::{Config, DeviceKind, NodeConfig};
-use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector};
+use keepwarm_memory::{CudaDriver, CudaFound, CudaSelector, MpsLimits, Nvml, NvmlDevice};
 use keepwarm_node::{WORKSPACE_MAX, cuda_selector};
 use keepwarm_types::Bytes;
 use serde::Serialize;
@@ -25,10 +25,27 @@ struct Probed {
     memory_bytes: u64,
     /// Where it could be asked.
     free_bytes: Option<u64>,
+    /// The most that an arena may have: all of its memory, or what the Multi-Process Service allows.
+    limit_bytes: u64,
+    /// Processes that compute on it, and the bytes that they use, where the management library sees them.
+    processes: Option<usize>,
+    used_by_processes: Option<u64>,
     compute_capability: String,
     usable: bool,
     /// What speaks against it.
     reason: Option<String>,
+}
+
+/// An instance of a GPU that is cut into several (MIG).
+#[derive(Debug, Serialize)]
+struct Instance {
+    /// For `device` in the file.
+    uuid: String,
+    /// Of which GPU.
+    gpu: String,
+    memory_bytes: Option<u64>,
+    /// Whether the driver shows it to this process.
+    visible: bool,
 }
 
 /// What a node of the file would take.
@@ -47,7 +64,12 @@ struct Probe {
     driver_version: Option<u32>,
     /// Why there is no driver to ask.
     driver: Option<String>,
+    /// The version that NVIDIA's management library tells, or why it tells nothing. Nothing needs it.
+    management: String,
+    /// What it did not answer.
+    unanswered: Vec<String>,
     devices: Vec<Probed>,
+    instances: Vec<Instance>,
     reserved: Vec<Wanted>,
     /// What of the environment decides about devices.
     environment: Vec<String>,
@@ -60,10 +82,22 @@ pub(crate) fn probe(args: &ProbeArgs, output: Output) -> Result<(), Failure> {
         let value = std::env::var(name).ok()?;
         Some(format!("{name}={value}"))
     });
+    let nvml = Nvml::look();
+    let (management, unanswered) = match &nvml {
+        Nvml::NotThere(why) => (why.clone(), Vec::new()),
+        Nvml::There(report) => (format!("driver {}", report.driver), report.unanswered.clone()),
+    };
+    let (limits, mps) = match MpsLimits::from_environment() {
+        Ok(limits) => (limits, None),
+        Err(error) => (MpsLimits::default(), Some(error.to_string())),
+    };
     let mut probe = Probe {
         driver_version: None,
         driver: None,
+        management,
+        unanswered: unanswered.into_iter().chain(mps).collect(),
         devices: Vec::new(),
+        instances: Vec::new(),
         reserved: Vec::new(),
         environment: environment.collect(),
     };
@@ -77,12 +111,15 @@ pub(crate) fn probe(args: &ProbeArgs, output: Output) -> Result<(), Failure> {
     if let Some(driver) = &driver {
         probe.driver_version = driver.version().ok();
         match driver.devices() {
-            Ok(devices) => probe.devices = devices.iter().map(|found| probed(driver, found)).collect(),
+            Ok(devices) => {
+                probe.devices = devices.iter().map(|found| probed(driver, found, &nvml, &limits)).collect();
+                probe.instances = instances(&nvml, &devices);
+            }
             Err(error) => probe.driver = Some(error.to_string()),
         }
     }
     if let (Some(config), Some(node)) = (&config, node) {
-        probe.reserved = reserved(driver.as_ref(), config, node);
+        probe.reserved = reserved(driver.as_ref(), config, node, &limits);
     }
     output.show(&probe, text)?;
     match probe.reserved.iter().filter(|wanted| !wanted.fits).count() {
@@ -91,7 +128,23 @@ pub(crate) fn probe(args: &ProbeArgs, output: Output) -> Result<(), Failure> {
     }
 }
 
-fn probed(driver: &CudaDriver, found: &CudaFound) -> Probed {
+/// Instances that the management library knows; those that the driver hides need `CUDA_VISIBLE_DEVICES`.
+fn instances(nvml: &Nvml, devices: &[CudaFound]) -> Vec<Instance> {
+    let Nvml::There(report) = nvml else { return Vec::new() };
+    let of = |gpu: &NvmlDevice| {
+        let one = |instance: &NvmlDevice| Instance {
+            uuid: instance.uuid.clone(),
+            gpu: gpu.uuid.clone(),
+            memory_bytes: instance.memory.map(|memory| memory.total.0),
+            visible: devices.iter().any(|found| nvml.device(&found.uuid) == Some(instance)),
+        };
+        gpu.instances.iter().map(one).collect::<Vec<_>>()
+    };
+    report.gpus.iter().flat_map(of).collect()
+}
+
+fn probed(driver: &CudaDriver, found: &CudaFound, nvml: &Nvml, limits: &MpsLimits) -> Probed {
+    let managed = nvml.device(&found.uuid);
     let free = driver.free(&CudaSelector::Number(found.number));
     let reason = match (&free, found.claim()) {
         (Err(error), _) => Some(error.to_string()),
@@ -106,6 +159,11 @@ fn probed(driver: &CudaDriver, found: &CudaFound) -> Probed {
         uuid: found.uuid.clone(),
         memory_bytes: found.memory.0,
         free_bytes: free.ok().map(|(free, _)| free.0),
+        limit_bytes: found.budget(limits).0,
+        processes: managed.map(|device| device.processes.len()),
+        used_by_processes: managed.map(|device| {
+            device.processes.iter().filter_map(|process| process.used).map(|used| used.0).sum()
+        }),
         compute_capability: format!("{major}.{minor}"),
         usable: reason.is_none(),
         reason,
@@ -113,14 +171,19 @@ fn probed(driver: &CudaDriver, found: &CudaFound) -> Probed {
 }
 
 /// What the node takes, by the keys that say so.
-fn reserved(driver: Option<&CudaDriver>, config: &Config, node: &NodeConfig) -> Vec<Wanted> {
+fn reserved(
+    driver: Option<&CudaDriver>,
+    config: &Config,
+    node: &NodeConfig,
+    limits: &MpsLimits,
+) -> Vec<Wanted> {
     let mut reserved = Vec::new();
     for (index, gpu) in node.gpus.iter().enumerate() {
         let key = format!("gpu[{index}].memory");
         let (fits, why) = match (cuda_selector(&gpu.device), driver) {
             (None, _) => (true, "the host's memory in a GPU's place".to_owned()),
             (Some(_), None) => (false, "there is no driver".to_owned()),
-            (Some(selector), Some(driver)) => arena(driver, &selector, gpu.memory),
+            (Some(selector), Some(driver)) => arena(driver, &selector, gpu.memory, limits),
         };
         reserved.push(Wanted { key, device: gpu.device.to_string(), bytes: gpu.memory.0, fits, why });
     }
@@ -143,7 +206,14 @@ fn reserved(driver: Option<&CudaDriver>, config: &Config, node: &NodeConfig) -> 
     reserved
 }
 
-fn arena(driver: &CudaDriver, selector: &CudaSelector, wanted: Bytes) -> (bool, String) {
+fn arena(driver: &CudaDriver, selector: &CudaSelector, wanted: Bytes, limits: &MpsLimits) -> (bool, String) {
+    let budget = driver.find(selector).map(|found| (found.budget(limits), found.memory));
+    if let Ok((limit, memory)) = budget
+        && wanted > limit
+        && limit < memory
+    {
+        return (false, format!("{MPS_LIMIT} allows {limit}: ask for less, or raise it"));
+    }
     match driver.free(selector) {
         Ok((free, total)) if wanted <= free => {
             (true, format!("the arena, once, at start; {free} of {total} are free"))
@@ -166,22 +236,51 @@ fn text(probe: &Probe) -> String {
         }
         (None, None) => "driver: it does not tell its version\n".to_owned(),
     };
-    for line in &probe.environment {
+    text.push_str(&format!("management library: {}\n", probe.management));
+    for line in probe.unanswered.iter().chain(&probe.environment) {
         text.push_str(&format!("{line}\n"));
     }
     if !probe.devices.is_empty() {
-        let mut table = Table::new(["device", "name", "uuid", "memory", "free", "capability", "usable"]);
+        let mut table = Table::new([
+            "device",
+            "name",
+            "uuid",
+            "memory",
+            "free",
+            "at most",
+            "processes",
+            "capability",
+            "usable",
+        ]);
         for found in &probe.devices {
             table.row([
                 found.device.clone(),
                 found.name.clone(),
                 found.uuid.clone(),
                 Bytes(found.memory_bytes).to_string(),
-                found.free_bytes.map_or_else(|| "-".to_owned(), |free| Bytes(free).to_string()),
+                shown(found.free_bytes),
+                Bytes(found.limit_bytes).to_string(),
+                found.processes.map_or_else(
+                    || "-".to_owned(),
+                    |count| format!("{count}, {}", shown(found.used_by_processes)),
+                ),
                 found.compute_capability.clone(),
                 found.reason.clone().map_or_else(|| "yes".to_owned(), |reason| format!("no: {reason}")),
             ]);
         }
+        text.push_str(&table.render());
+    }
+    if !probe.instances.is_empty() {
+        let mut table = Table::new(["instance", "of", "memory", "visible"]);
+        for instance in &probe.instances {
+            table.row([
+                instance.uuid.clone(),
+                instance.gpu.clone(),
+                shown(instance.memory_bytes),
+                if instance.visible { "yes".to_owned() } else { format!("no: set {VISIBLE}") },
+            ]);
+        }
+        text.push('\n');
         text.push_str(&table.render());
     }
     if !probe.reserved.is_empty() {
@@ -199,4 +298,8 @@ fn text(probe: &Probe) -> String {
         text.push_str(&table.render());
     }
     text
+}
+
+fn shown(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "-".to_owned(), |bytes| Bytes(bytes).to_string())
 }

@@ -131,6 +131,17 @@ fn probe_shows_what_there_is_what_a_node_takes_and_who_has_a_gpu() {
         let keys: Vec<_> = found["reserved"].as_array().unwrap().iter().map(|one| &one["key"]).collect();
         assert_eq!(keys, ["gpu[0].memory", "gpu[1].memory", "pinned"]);
     }
+    let limited = keepwarm(folder.path(), &machine)
+        .env("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "0=8M")
+        .args(["gpu", "probe", "--json", "--node", "n1", "--config", &config.display().to_string()])
+        .output()
+        .unwrap();
+    let found: serde_json::Value = serde_json::from_slice(&limited.stdout).unwrap();
+    let limits = [0, 1].map(|index| found["devices"][index]["limit_bytes"].as_u64());
+    assert_eq!(limits, [Some(8 << 20), Some(64 << 20)], "{found}");
+    assert_eq!(found["reserved"][0]["fits"], false);
+    let why = found["reserved"][0]["why"].as_str().unwrap();
+    assert!(why.contains("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT allows 8MiB"), "{why}");
     let (code, found) = probe(folder.path(), "driver=11080", &[]);
     assert!(code == Some(0) && found["driver"].as_str().unwrap().contains("CUDA 11.8"), "{found}");
 }

@@ -1,5 +1,7 @@
 //! From pinned memory to peers and back: three nodes, one of which owns more sessions than fit into its memory.
 
+use std::time::{Duration, Instant};
+
 use keepwarm_client::{
     Client, Form, Layout, NewSession, PartBody, PartLayout, Placement, Protect, Session, State, WriteOptions,
     Written,
@@ -15,6 +17,10 @@ const SESSION_BYTES: usize = 4 << 20;
 const SESSIONS: usize = 18;
 const PART: &str = "state";
 const OWNER: &str = "n1";
+/// How long shards may take to find another owner: an entry of the registry each, on a busy machine.
+const MOVED_WITHIN: Duration = Duration::from_secs(60);
+/// Between two looks at the map.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Bytes that no other session has.
 fn bytes(id: Uuid) -> Vec<u8> {
@@ -107,4 +113,50 @@ async fn a_session_that_was_demoted_to_peers_runs_from_there() {
     let back = client.prefetch(id, Tier::Pinned).await.expect("an answer");
     assert_eq!(back.outcome, Outcome::Accepted);
     assert!(held_by_owner(&client.session(id).await.expect("it is there")));
+}
+
+/// The first node's GPU, on a driver that softcuda plays, fails at its first copy.
+fn broken_gpu(folder: &std::path::Path) -> Vec<(String, Vec<(String, String)>)> {
+    let built = softcuda::layout::beside_this_program().expect("softcuda is built with the tests");
+    softcuda::layout::lay_out(&built, folder).expect("a copy of it");
+    let pairs = [
+        ("LD_LIBRARY_PATH", folder.display().to_string()),
+        ("SOFTCUDA_DEVICES", "gpus=1,memory=64MiB,uuids=process".to_owned()),
+        ("SOFTCUDA_FAULTS", "cuMemcpyHtoDAsync_v2 sticky 719".to_owned()),
+    ];
+    vec![(OWNER.to_owned(), pairs.map(|(key, value)| (key.to_owned(), value)).to_vec())]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_of_a_node_whose_gpu_fails_run_on_another_node() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = env!("CARGO_BIN_EXE_keepwarm");
+    let cuda =
+        |_: &std::path::Path, file: String| file.replacen("device = \"host\"", "device = \"cuda:0\"", 1);
+    let environment = broken_gpu(folder.path());
+    let cluster = Cluster::start_changed(program.as_ref(), folder.path(), 3, cuda, environment).await;
+    let cluster = cluster.expect("the cluster starts");
+    let client = Client::new(&cluster.nodes[0].url).expect("its address");
+    let id = owned(&client).await[0];
+    client.create(&new(id)).await.expect("a session");
+    let body = PartBody::from(bytes(id));
+    client.put_part(id, PART, body, &WriteOptions::default()).await.expect("written");
+    let failed = client.activate(id, &Placement::default(), None).await;
+    assert!(failed.is_err(), "its GPU copies nothing: {failed:?}");
+    let deadline = Instant::now() + MOVED_WITHIN;
+    let leads = async || {
+        let map = client.shards().await.expect("any node knows the map");
+        map.shards.iter().filter(|shard| shard.replicas.first().is_some_and(|node| node == OWNER)).count()
+    };
+    while leads().await > 0 {
+        assert!(Instant::now() < deadline, "a node that can run nothing still owns shards");
+        tokio::time::sleep(LOOK).await;
+    }
+    let there = client.activate(id, &Placement::default(), None).await.expect("another node runs it");
+    assert_ne!(there.home.node, OWNER);
+    client.release(id, there.lease.id).await.expect("released");
+    let read = client.part(id, PART).await.expect("warm").bytes().await.expect("whole");
+    assert!(read == bytes(id), "{id} has other bytes");
+    let session = client.create(&new(Uuid::now_v7())).await.expect("any node takes it");
+    assert_ne!(session.owner, OWNER);
 }

@@ -157,7 +157,7 @@ impl Client {
             let checked = invariants::seen(world, &seen, floor);
             world.check(checked);
             world.promises.oracle.learn(&seen);
-            world.promises.saw(manifest);
+            world.promises.saw(manifest, world.now);
         });
     }
 

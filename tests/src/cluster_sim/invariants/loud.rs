@@ -12,7 +12,7 @@ pub fn check(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     let manifest = seen.manifest;
     let State::Cold(reason) = manifest.state else { return Ok(()) };
     let Some(told) = world.promises.told.get(&manifest.key) else { return Ok(()) };
-    if told.birth != manifest.birth || told.revision != manifest.revision.0 || told.evicting {
+    if told.birth != manifest.birth || told.revision != manifest.revision.0 || told.evicting.is_some() {
         return Ok(());
     }
     if reason == ColdReason::Evicted {
