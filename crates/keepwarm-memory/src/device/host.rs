@@ -90,7 +90,7 @@ impl HostDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
+        enqueue(direction, jobs, kind, &self.health, &self.health.progress[at], &self.streams[at])
     }
 }
 

@@ -79,7 +79,7 @@ pub enum DeviceError {
     /// Planes, tokens and blocks of a gather or a scatter do not go together; what does not fit.
     #[error("the shape does not fit: {0}")]
     Shape(String),
-    /// A gather or a scatter would show one owner's bytes to another.
+    /// It would show one owner's bytes to another.
     #[error("source and target belong to different owners")]
     WrongOwner,
 }
@@ -157,7 +157,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Copies a batch on the stream of `direction`, verified at the destination.
     ///
     /// # Errors
-    /// [`TransferError`] at once where the device is fenced or its stream full; nothing was copied then.
+    /// [`TransferError`] at once where the device is fenced, its stream full, a target too small, or of another tenant than
+    /// its source; nothing was copied then.
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError>;
 
     /// Fills each target to its capacity with `byte` on the stream of `direction`, and seals it as a new instance

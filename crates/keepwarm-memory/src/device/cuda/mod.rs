@@ -167,7 +167,7 @@ impl CudaDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.lanes[at])
+        enqueue(direction, jobs, kind, &self.health, &self.health.progress[at], &self.lanes[at])
     }
 }
 
