@@ -29,8 +29,8 @@ pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 pub use device::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use device::{
     Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape, RegionFault,
-    RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, STREAM_QUEUE_MAX, ScatterJob, Transfer,
-    TransferError, gather, scatter,
+    RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX, STREAM_QUEUE_MAX,
+    ScatterJob, Transfer, TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
 pub use foreign::{

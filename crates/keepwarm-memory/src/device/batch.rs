@@ -11,6 +11,7 @@ use super::health::Health;
 use super::regions::{FromRegion, IntoRegion};
 use super::steps::{Errand, FillJob, Step};
 use super::{DeviceError, Direction, GatherJob, Job, ScatterJob, TransferError};
+use crate::foreign::Seen;
 use crate::guard::{Block, BlockMut};
 use crate::ranges::{self, Label, Range};
 
@@ -93,6 +94,12 @@ impl Work {
             Self::IntoRegion(submission) => submission.into_targets(),
         }
     }
+}
+
+/// Whether all of a batch may still be issued, now that its turn has come: what it works on may have ended since.
+pub(super) fn due<S: Step>(jobs: &[S]) -> Result<(), DeviceError> {
+    let mut seen = Seen::default();
+    jobs.iter().try_for_each(|job| job.is_due(&mut seen))
 }
 
 /// What a profiler shows of a batch; nothing of an empty one.

@@ -8,7 +8,7 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, enqueue};
+use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, due, enqueue};
 use super::event::{Event, Progress};
 use super::health::Health;
 use super::steps::{Ended, FillJob, Step};
@@ -36,7 +36,12 @@ struct Runner<'a> {
 impl Run for Runner<'_> {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
         let Submission { jobs, done, range } = submission;
-        let outcome = run_all(jobs, self.health, self.strands);
+        let outcome = match due(&jobs) {
+            Ok(()) => run_all(jobs, self.health, self.strands),
+            Err(cause) => {
+                Err(TransferError { cause, targets: jobs.into_iter().filter_map(S::into_target).collect() })
+            }
+        };
         range.end();
         // Where nobody waits any more, what was made goes back to its arena right here.
         drop(done.send(outcome));

@@ -22,7 +22,9 @@ pub use cuda::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, Cuda
 pub use event::Event;
 pub use host::HostDevice;
 pub use planes::{PlaneShape, gather, scatter};
-pub use regions::{RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob};
+pub use regions::{
+    RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX,
+};
 
 use std::fmt;
 
@@ -82,6 +84,10 @@ pub enum DeviceError {
     /// It would show one owner's bytes to another.
     #[error("source and target belong to different owners")]
     WrongOwner,
+    /// What the bytes come from or go to serves no more, and this device does: the process that brought a region has ended.
+    /// Nothing was issued.
+    #[error("the other end is gone: {0}")]
+    Gone(String),
 }
 
 /// One block to copy.
@@ -210,7 +216,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// [`RegionRefusal`] at once: a region is not open, planes lie outside of it or overlap, another device opened it, or as
     /// for [`gather`](Self::gather); nothing was written then. The transfer fails with [`DeviceError::Corrupt`] where what
     /// arrived is not what the region had when it was read, or has had since (its process wrote there meanwhile): the instance
-    /// that it names is the one that would have been made. Or with [`DeviceError::Fenced`].
+    /// that it names is the one that would have been made. With [`DeviceError::Gone`] where a region's process had ended when
+    /// the work's turn came. Or with [`DeviceError::Fenced`].
     fn gather_from(
         &self,
         direction: Direction,
@@ -224,7 +231,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`RegionRefusal`] at once, as for [`gather_from`](Self::gather_from); nothing was written then. The transfer fails
     /// with [`DeviceError::Corrupt`] where the source is broken or the region does not have its bytes afterwards, or with
-    /// [`DeviceError::Fenced`]; some of the planes may have been written then.
+    /// [`DeviceError::Fenced`]; some of the planes may have been written then. With [`DeviceError::Gone`] as for a gather.
     fn scatter_into(
         &self,
         direction: Direction,

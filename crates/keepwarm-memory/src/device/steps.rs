@@ -5,6 +5,7 @@ use keepwarm_types::{BlockChecksum, Owner};
 use super::{DeviceError, GatherJob, Job, PlaneShape, ScatterJob, gather, scatter};
 use crate::checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 use crate::fault::FaultPlan;
+use crate::foreign::Seen;
 use crate::guard::{Block, BlockMut, next_instance};
 
 /// Bytes that are copied and then hashed while they are still in the first-level cache; whole chunks.
@@ -43,6 +44,11 @@ pub(super) trait Step: Moves + Send + Sized + 'static {
     /// Whether no owner's bytes would come to another by it: tenant and birth, which tells lives of one name apart.
     fn keeps_owners(&self) -> bool {
         true
+    }
+
+    /// Whether it may still be issued, now that its turn has come.
+    fn is_due(&self, _seen: &mut Seen) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     /// Bytes to move.

@@ -15,7 +15,7 @@ use super::kernels::Kernels;
 use super::plan::{Lent, Plan, Stack};
 use super::poll::{Passed, Poller};
 use super::verify::{Unread, Verifier};
-use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work};
+use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work, due};
 use crate::device::event::Progress;
 use crate::device::health::Health;
 use crate::device::steps::Step;
@@ -83,7 +83,7 @@ fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
 
 impl Run for Issuer {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
-        let mut issued = self.health.check();
+        let mut issued = self.health.check().and_then(|()| due(&submission.jobs));
         let mut lent = None;
         if issued.is_ok() {
             let mut plan = Plan::default();
