@@ -26,7 +26,10 @@ mod sync;
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 #[cfg(feature = "cuda")]
-pub use device::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
+pub use device::{
+    CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFigures, CudaFound, CudaSelector,
+    ScratchFigures,
+};
 pub use device::{
     Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape, RegionFault,
     RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX, STREAM_QUEUE_MAX,

@@ -18,7 +18,10 @@ mod steps;
 
 pub use batch::{STREAM_QUEUE_MAX, Transfer};
 #[cfg(feature = "cuda")]
-pub use cuda::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
+pub use cuda::{
+    CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFigures, CudaFound, CudaSelector,
+    ScratchFigures,
+};
 pub use event::Event;
 pub use host::HostDevice;
 pub use planes::{PlaneShape, gather, scatter};

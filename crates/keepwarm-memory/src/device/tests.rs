@@ -9,6 +9,8 @@ mod ranges;
 mod regions;
 #[cfg(feature = "cuda")]
 mod regions_cuda;
+#[cfg(feature = "cuda")]
+mod scratch;
 mod streams;
 
 use std::sync::Arc;

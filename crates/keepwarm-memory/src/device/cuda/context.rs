@@ -237,6 +237,11 @@ impl Stream {
         Ok(Self { context: Arc::clone(context), handle })
     }
 
+    /// The driver's handle, for calls that name the stream.
+    pub(super) const fn handle(&self) -> usize {
+        self.handle
+    }
+
     /// Copies `bytes`; both ends must stay until an event behind it has passed.
     pub(super) fn copy(&self, to: Place, from: Place, bytes: usize) -> Result<(), CudaError> {
         let driver = &self.context.driver;

@@ -14,6 +14,7 @@ use super::driver::CudaError;
 use super::kernels::Kernels;
 use super::plan::{Lent, Plan, Stack};
 use super::poll::{Passed, Poller};
+use super::scratch::Shown;
 use super::verify::{Unread, Verifier};
 use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work, due};
 use crate::device::event::Progress;
@@ -44,10 +45,11 @@ pub(super) fn start(
     health: &Arc<Health>,
     poller: &Poller,
     kernels: Option<&Arc<Kernels>>,
+    scratch: &Arc<Shown>,
 ) -> Result<Sender<Work>, CudaError> {
     context.enter()?;
     let word = if direction == Direction::In { "in" } else { "out" };
-    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller, kernels)?);
+    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller, kernels, scratch)?);
     let (submit, work) = bounded(STREAM_QUEUE_MAX);
     let (send, flights) = bounded(IN_FLIGHT_MAX);
     let spawn = |name: String, run: Box<dyn FnOnce() + Send>| {

@@ -18,6 +18,7 @@ mod lane;
 mod moves;
 mod plan;
 mod poll;
+mod scratch;
 mod verify;
 
 pub use claim::CudaClaim;
@@ -25,6 +26,7 @@ pub use driver::{CudaDriver, CudaError, CudaFound, CudaSelector};
 #[cfg(test)]
 pub(in crate::device) use kernels::tests::compiled as compiled_kernels;
 pub(in crate::device) use moves::Moves;
+pub use scratch::ScratchFigures;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +37,7 @@ use keepwarm_types::Bytes;
 use self::context::{Context, DeviceMemory, HostMemory, Stream};
 use self::kernels::Kernels;
 use self::poll::Poller;
+use self::scratch::Shown;
 use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
 use super::health::Health;
@@ -63,6 +66,14 @@ pub struct CudaDevice {
     health: Arc<Health>,
     context: Arc<Context>,
     lanes: [Sender<Work>; 2],
+    scratch: [Arc<Shown>; 2],
+}
+
+/// Figures of a CUDA device, beside those of its [arena](Device::arena).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaFigures {
+    /// The scratch pool of the work into the device, and that of the work out of it.
+    pub scratch: [ScratchFigures; 2],
 }
 
 /// A device's kernels. Without them it works as well, and its bytes are read back to be verified: so devices before
@@ -117,16 +128,25 @@ impl CudaDevice {
         let health = Arc::new(Health::new(faults));
         let poller = Poller::start(&settings.name, &context, &health, patience)?;
         let kernels = loaded(&context, &found);
-        let lane =
-            |direction| lane::start(&settings.name, direction, &context, &health, &poller, kernels.as_ref());
+        let scratch = <[Arc<Shown>; 2]>::default();
+        let lane = |direction: Direction| {
+            let shown = &scratch[direction.place()];
+            lane::start(&settings.name, direction, &context, &health, &poller, kernels.as_ref(), shown)
+        };
         let lanes = [lane(Direction::In)?, lane(Direction::Out)?];
-        Ok(Self { name: settings.name.clone(), found, arena, health, context, lanes })
+        Ok(Self { name: settings.name.clone(), found, arena, health, context, lanes, scratch })
     }
 
     /// What the driver says of it.
     #[must_use]
     pub fn found(&self) -> &CudaFound {
         &self.found
+    }
+
+    /// Figures of now; never waits for the device.
+    #[must_use]
+    pub fn figures(&self) -> CudaFigures {
+        CudaFigures { scratch: self.scratch.each_ref().map(|shown| shown.now()) }
     }
 
     /// An arena in the host's memory, page-locked for every device of this driver: copies between it and a device run

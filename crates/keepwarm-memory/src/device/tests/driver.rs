@@ -175,7 +175,7 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     assert_eq!(bench.device.state(), DeviceState::Up);
 }
 
-/// How often this process has called a function of softcuda's.
+/// How often this process has called a function of softcuda's; how many `pools` there are.
 pub(super) fn calls(symbol: &str) -> u64 {
     let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
     let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
@@ -188,7 +188,7 @@ fn launches() -> u64 {
 }
 
 /// The calls of a stream's work that a batch may make.
-const CALLS: [&str; 9] = [
+const CALLS: [&str; 13] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
@@ -198,6 +198,10 @@ const CALLS: [&str; 9] = [
     "cuEventRecord",
     "cuMemHostAlloc",
     "cuMemAlloc_v2",
+    "cuMemAllocFromPoolAsync",
+    "cuMemFreeAsync",
+    "cuMemPoolTrimTo",
+    "cuMemPoolGetAttribute",
 ];
 
 /// Driver calls by name while `work` ran.
