@@ -264,7 +264,6 @@ impl BlockMut {
     }
 
     /// Where it lies.
-    #[cfg(feature = "cuda")]
     pub(crate) fn place(&self) -> Place {
         self.memory.place()
     }

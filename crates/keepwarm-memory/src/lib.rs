@@ -5,6 +5,7 @@
 //!   state is reachable only through a guard that carries its tenant and birth.
 //! - [`Device`]: what a GPU must do; [`HostDevice`] does it over host memory, with streams that are really
 //!   asynchronous and faults that tests inject.
+//! - [`Link`]: the way from one GPU's memory straight into another's, where there is one.
 //! - [`ForeignRegion`]: memory that another process brings, gathered from and scattered into; [`Peer`] watches that process.
 //! - [`Nvml`], [`MpsLimits`]: how a machine's GPUs are shared.
 //! - [`block_checksum`]: the checksum that is verified wherever bytes cross a boundary.
@@ -31,9 +32,9 @@ pub use device::{
     ScratchFigures,
 };
 pub use device::{
-    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape, RegionFault,
-    RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX, STREAM_QUEUE_MAX,
-    ScatterJob, Transfer, TransferError, gather, scatter,
+    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, Link, LinkError,
+    PlaneShape, RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob,
+    SCATTER_PLANES_MAX, STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
 pub use foreign::{

@@ -11,10 +11,11 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, due, enqueue};
 use super::event::{Event, Progress};
 use super::health::Health;
+use super::link::{Link, LinkError};
 use super::steps::{Ended, FillJob, Step};
 use super::{
     Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
-    RegionScatterJob, ScatterJob, Transfer, TransferError, regions,
+    RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
@@ -176,6 +177,10 @@ impl Device for HostDevice {
 
     fn record(&self, direction: Direction) -> Event {
         self.health.progress[direction.place()].record()
+    }
+
+    fn link_to(&self, target: &dyn Device) -> Result<Link, LinkError> {
+        Err(no_link(self, target))
     }
 }
 

@@ -12,6 +12,7 @@ mod cuda;
 mod event;
 mod health;
 mod host;
+mod link;
 mod planes;
 mod regions;
 mod steps;
@@ -24,6 +25,7 @@ pub use cuda::{
 };
 pub use event::Event;
 pub use host::HostDevice;
+pub use link::{Link, LinkError};
 pub use planes::{PlaneShape, gather, scatter};
 pub use regions::{
     RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX,
@@ -244,6 +246,26 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Marks the point behind everything that was submitted to the stream of `direction` so far. Takes no place
     /// in the stream, so it is never refused; on a fenced device the event says so.
     fn record(&self, direction: Direction) -> Event;
+
+    /// Makes a way from this device's memory straight into another's. It costs two threads, a stream on each of the two and
+    /// some megabytes of page-locked memory, so it is made once and kept. May wait for the driver: not for an actor's thread.
+    ///
+    /// # Errors
+    /// [`LinkError::NotPossible`] where there is none: the caller goes through pinned memory. [`LinkError::Fenced`],
+    /// [`LinkError::Failed`].
+    fn link_to(&self, target: &dyn Device) -> Result<Link, LinkError>;
+
+    /// This device, if it is a CUDA device: for links.
+    #[cfg(feature = "cuda")]
+    fn as_cuda(&self) -> Option<&CudaDevice> {
+        None
+    }
+}
+
+/// What devices answer that no link goes from or to.
+fn no_link(from: &dyn Device, to: &dyn Device) -> LinkError {
+    let (from, to) = (from.name().to_owned(), to.name().to_owned());
+    LinkError::NotPossible { from, to, why: "only between CUDA devices there are links".to_owned() }
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+#[cfg(feature = "cuda")]
+mod link;
 mod peer;
 mod planted;
 #[cfg(feature = "nvtx")]

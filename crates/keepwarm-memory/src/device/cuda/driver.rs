@@ -284,6 +284,7 @@ table! {
     stream_create = cuStreamCreate(*mut usize, u32);
     stream_destroy = cuStreamDestroy_v2(usize);
     stream_wait = cuStreamSynchronize(usize);
+    stream_query = cuStreamQuery(usize);
     event_create = cuEventCreate(*mut usize, u32);
     event_destroy = cuEventDestroy_v2(usize);
     event_record = cuEventRecord(usize, usize);
@@ -292,6 +293,8 @@ table! {
     copy_out = cuMemcpyDtoHAsync_v2(u64, u64, usize, usize);
     copy_within = cuMemcpyDtoDAsync_v2(u64, u64, usize, usize);
     copy_between = cuMemcpyPeerAsync(u64, usize, u64, usize, usize, usize);
+    can_peer = cuDeviceCanAccessPeer(*mut c_int, c_int, c_int);
+    enable_peer = cuCtxEnablePeerAccess(usize, u32);
     copy_rows = cuMemcpy2DAsync_v2(*const Copy2d, usize);
     fill = cuMemsetD8Async(u64, u8, usize, usize);
     module_load = cuModuleLoadData(*mut usize, *const c_void);

@@ -52,10 +52,10 @@ pub struct ScratchFigures {
 
 /// Figures where everybody can read them: asking for them is no call of the driver's, which might wait for a device that hangs.
 #[derive(Debug, Default)]
-pub(super) struct Shown(Mutex<ScratchFigures>);
+pub(in crate::device) struct Shown(Mutex<ScratchFigures>);
 
 impl Shown {
-    pub(super) fn now(&self) -> ScratchFigures {
+    pub(in crate::device) fn now(&self) -> ScratchFigures {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

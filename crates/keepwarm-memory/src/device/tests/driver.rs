@@ -11,6 +11,7 @@ use softcuda::preload::{Preloaded, preload};
 
 use super::Bench;
 use super::planted::serves_nothing_more;
+use super::streams::until;
 use crate::arena::{Arena, ArenaSettings};
 use crate::device::cuda::compiled_kernels;
 use crate::device::{
@@ -46,7 +47,7 @@ pub(super) fn loaded() -> &'static Loaded {
         let kernels = kernels.to_str().expect("the target folder's path is text");
         let mut settings = vec![("SOFTCUDA_RACES", races.as_str()), ("SOFTCUDA_KERNELS", kernels)];
         if std::env::var_os("SOFTCUDA_DEVICES").is_none() {
-            settings.push(("SOFTCUDA_DEVICES", "uuids=process"));
+            settings.push(("SOFTCUDA_DEVICES", "gpus=2,uuids=process"));
         }
         let soft = (!real).then(|| preload(&settings).expect("softcuda is built with the tests"));
         Loaded { driver: CudaDriver::load().expect("the driver loads"), soft }
@@ -111,7 +112,8 @@ fn a_fault_of_the_driver_fences_with_its_reason() {
         assert_eq!(serves_nothing_more(&bench), Ok(()), "after '{fault}'");
         drop(source);
         drop(error);
-        assert_eq!(bench.device.arena().figures().used, Bytes(0), "after '{fault}'");
+        // At once, or as soon as what was issued has run.
+        until("the memory", || bench.used() == 0);
         drop(bench);
         assert!(order("clear"));
         reset_after(fault);
@@ -163,6 +165,24 @@ fn a_device_that_hangs_is_fenced_and_keeps_what_it_may_still_write() {
 }
 
 #[test]
+fn memory_of_a_batch_without_an_event_stays_until_the_batch_has_run() {
+    let bench = bench_with(PATIENCE);
+    let source = bench.filled(7);
+    if !order("hang; cuEventRecord fail 2") {
+        return;
+    }
+    let transfer = bench.device.submit(Direction::In, bench.jobs(std::slice::from_ref(&source))).unwrap();
+    drop(source);
+    until("the fence", || bench.device.state() != DeviceState::Up);
+    assert!(bench.pinned.figures().used > Bytes(0), "memory was given back that a copy may still read");
+    assert!(order("resume"));
+    let error = block_on(transfer).unwrap_err();
+    assert!(error.to_string().contains("cuEventRecord answered 2"), "{error}");
+    drop(error);
+    assert_eq!(bench.used(), 0);
+}
+
+#[test]
 fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     let bench = bench_with(PATIENCE);
     let source = bench.filled(9);
@@ -188,11 +208,12 @@ fn launches() -> u64 {
 }
 
 /// The calls of a stream's work that a batch may make.
-const CALLS: [&str; 13] = [
+const CALLS: [&str; 14] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpy2DAsync_v2",
+    "cuMemcpyPeerAsync",
     "cuMemsetD8Async",
     "cuLaunchKernel",
     "cuEventRecord",
