@@ -9,7 +9,7 @@ use std::thread;
 
 use keepwarm_types::BlockChecksum;
 
-use super::context::{Context, HostMemory, Stream};
+use super::context::{Context, HostMemory, Mark, Stream};
 use super::driver::CudaError;
 use super::kernels::{self, Kernels, Table};
 use super::moves::{Rows, Run};
@@ -228,8 +228,7 @@ impl Verifier {
         let mut found = Vec::with_capacity(runs.len());
         while !runs.is_empty() {
             let (now, later) = runs.split_at(desk.fitting(runs));
-            desk.launch(now, &self.stream)?;
-            self.pass()?;
+            self.pass(desk.launch(now, &self.stream))?;
             found.extend(desk.sums(now.len()));
             runs = later;
         }
@@ -251,8 +250,7 @@ impl Verifier {
                     let bytes = PIECE_BYTES.min(rows.bytes - at);
                     let address = rows.place.address + (first * rows.pitch + at) as u64;
                     let from = (Place { address, ..rows.place }, rows.pitch);
-                    self.stream.copy_rows((self.staging.place(), bytes), from, bytes, count)?;
-                    self.pass()?;
+                    self.pass(self.stream.copy_rows((self.staging.place(), bytes), from, bytes, count))?;
                     // SAFETY: the copy has passed, and the next begins after this.
                     hasher.update(unsafe { self.staging.head(bytes * count) });
                 }
@@ -261,11 +259,17 @@ impl Verifier {
         Ok(hasher.finish())
     }
 
-    fn pass(&self) -> Result<(), Unread> {
-        match self.poller.watch(self.stream.record()?).recv() {
-            Ok(Passed::Done) => Ok(()),
-            Ok(Passed::Failed(error)) => Err(error.into()),
-            Ok(Passed::Late) | Err(_) => Err(Unread::Hangs),
+    /// Waits for what was put on the stream. Where putting it there failed, a part of it may run and read what is verified.
+    fn pass(&self, put: Result<(), CudaError>) -> Result<(), Unread> {
+        let (mark, failed) = match put.and_then(|()| self.stream.record()) {
+            Ok(mark) => (mark, None),
+            // Nothing more is put in before this has passed.
+            Err(error) => (Mark::End(Arc::clone(&self.stream)), Some(error)),
+        };
+        match (self.poller.watch(mark).recv(), failed) {
+            (Ok(Passed::Late) | Err(_), _) => Err(Unread::Hangs),
+            (Ok(_), Some(error)) | (Ok(Passed::Failed(error)), None) => Err(error.into()),
+            (Ok(Passed::Done), None) => Ok(()),
         }
     }
 
@@ -277,12 +281,10 @@ impl Verifier {
             unsafe { *(rows.place.address as *mut u8) ^= 1 };
             return Ok(());
         }
-        self.stream.copy(self.staging.place(), rows.place, 1)?;
-        self.pass()?;
+        self.pass(self.stream.copy(self.staging.place(), rows.place, 1))?;
         // SAFETY: the copy has passed.
         let byte = unsafe { self.staging.head(1) }[0];
-        self.stream.fill(rows.place, byte ^ 1, 1)?;
-        self.pass()
+        self.pass(self.stream.fill(rows.place, byte ^ 1, 1))
     }
 }
 

@@ -183,6 +183,23 @@ fn memory_of_a_batch_without_an_event_stays_until_the_batch_has_run() {
 }
 
 #[test]
+fn a_batch_whose_verification_fails_is_answered_when_nothing_reads_it_any_more() {
+    // The kernels of a checksum are two: the first one's launch succeeds, and what comes behind it does not.
+    for fault in ["cuEventRecord fail 2 after=1", "cuLaunchKernel fail 1 after=1"] {
+        let bench = bench_with(PATIENCE);
+        let source = bench.filled(7);
+        if !order(&format!("{fault}; cuLaunchKernel delay 100")) {
+            return;
+        }
+        let error = copy(&bench, std::slice::from_ref(&source)).unwrap_err();
+        assert_eq!(calls("operations"), calls("operations_done"), "after '{fault}'");
+        assert!(matches!(error.cause, DeviceError::Fenced(_)), "{fault}: {error}");
+        assert_eq!(serves_nothing_more(&bench), Ok(()), "after '{fault}'");
+        assert!(order("clear"));
+    }
+}
+
+#[test]
 fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     let bench = bench_with(PATIENCE);
     let source = bench.filled(9);
@@ -195,7 +212,7 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     assert_eq!(bench.device.state(), DeviceState::Up);
 }
 
-/// How often this process has called a function of softcuda's; how many `pools` there are.
+/// How often this process has called a function of softcuda's; how many `pools` there are, `operations` and `operations_done`.
 pub(super) fn calls(symbol: &str) -> u64 {
     let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
     let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
