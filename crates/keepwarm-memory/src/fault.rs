@@ -16,9 +16,36 @@ pub struct FaultPlan {
     allocations_fail: AtomicBool,
     hung: Mutex<bool>,
     resumed: Condvar,
-    /// A bug planted in the CUDA device: it takes batches as passed without asking.
-    #[cfg(all(test, feature = "cuda"))]
+    /// What the tests of the tests take out.
+    #[cfg(test)]
+    pub(crate) planted: Planted,
+}
+
+/// Bugs that the tests of the tests plant in a device. Only there: no build but that of this crate's tests has them.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(crate) struct Planted {
+    /// A CUDA device takes batches as passed without asking.
+    #[cfg(feature = "cuda")]
     pub(crate) waits_for_nothing: AtomicBool,
+    /// The device goes on after an error.
+    pub(crate) fences_nothing: AtomicBool,
+    /// The device asks for nobody's tenant and birth.
+    pub(crate) knows_no_owner: AtomicBool,
+    /// A CUDA device gives the targets of a copy back to their arena when it is issued.
+    #[cfg(feature = "cuda")]
+    pub(crate) lets_go_early: AtomicBool,
+}
+
+#[cfg(test)]
+impl Planted {
+    pub(crate) fn has(bug: &AtomicBool) -> bool {
+        bug.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn plant(bug: &AtomicBool) {
+        bug.store(true, Ordering::SeqCst);
+    }
 }
 
 impl Default for FaultPlan {
@@ -29,8 +56,8 @@ impl Default for FaultPlan {
             allocations_fail: AtomicBool::new(false),
             hung: Mutex::new(false),
             resumed: Condvar::new(),
-            #[cfg(all(test, feature = "cuda"))]
-            waits_for_nothing: AtomicBool::new(false),
+            #[cfg(test)]
+            planted: Planted::default(),
         }
     }
 }

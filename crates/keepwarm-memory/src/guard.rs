@@ -65,10 +65,17 @@ struct Memory {
     /// Whether nothing of another tenant is left in the slot. A block that was not written to its end, or whose
     /// size is below its slot's, leaves what was there before.
     alone: bool,
+    /// A bug that a test planted: the slot was given back before its last guard dropped.
+    #[cfg(test)]
+    given_back: bool,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        #[cfg(test)]
+        if self.given_back {
+            return;
+        }
         self.arena.release(self.slot, self.tenant.clone(), self.alone);
     }
 }
@@ -123,7 +130,16 @@ impl BlockMut {
         owner: Owner,
         scrub: bool,
     ) -> Self {
-        let memory = Memory { arena, slot, offset, capacity, tenant: owner.tenant, alone: !scrub };
+        let memory = Memory {
+            arena,
+            slot,
+            offset,
+            capacity,
+            tenant: owner.tenant,
+            alone: !scrub,
+            #[cfg(test)]
+            given_back: false,
+        };
         Self { memory, birth: owner.birth, written: 0 }
     }
 
@@ -248,7 +264,6 @@ impl BlockMut {
     }
 
     /// Where it lies.
-    #[cfg(feature = "cuda")]
     pub(crate) fn place(&self) -> Place {
         self.memory.place()
     }
@@ -267,9 +282,22 @@ impl BlockMut {
         self.written = self.memory.capacity;
     }
 
+    /// A bug that a test plants: the slot goes to whoever asks next, while this guard still names it.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn give_back_early(&mut self) {
+        let memory = &mut self.memory;
+        memory.arena.release(memory.slot, memory.tenant.clone(), memory.alone);
+        memory.given_back = true;
+    }
+
     /// The name of its arena.
     pub(crate) fn arena(&self) -> &str {
         &self.memory.arena.name
+    }
+
+    /// Whose block it will be, in whatever life.
+    pub(crate) const fn tenant(&self) -> &TenantName {
+        &self.memory.tenant
     }
 
     /// Whose block it will be.
@@ -346,6 +374,11 @@ impl Block {
     #[must_use]
     pub fn owner(&self) -> Owner {
         Owner { tenant: self.sealed.memory.tenant.clone(), birth: self.birth }
+    }
+
+    /// Whose bytes these are, in whatever life.
+    pub(crate) fn tenant(&self) -> &TenantName {
+        &self.sealed.memory.tenant
     }
 
     /// A guard of the same bytes for another life of the same tenant: a fork.

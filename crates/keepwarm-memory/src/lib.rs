@@ -5,6 +5,7 @@
 //!   state is reachable only through a guard that carries its tenant and birth.
 //! - [`Device`]: what a GPU must do; [`HostDevice`] does it over host memory, with streams that are really
 //!   asynchronous and faults that tests inject.
+//! - [`Link`]: the way from one GPU's memory straight into another's, where there is one.
 //! - [`ForeignRegion`]: memory that another process brings, gathered from and scattered into; [`Peer`] watches that process.
 //! - [`Nvml`], [`MpsLimits`]: how a machine's GPUs are shared.
 //! - [`block_checksum`]: the checksum that is verified wherever bytes cross a boundary.
@@ -26,11 +27,14 @@ mod sync;
 pub use arena::{Arena, ArenaFigures, ArenaSettings, BLOCK_ALIGN, EXTENT_BYTES, OutOfMemory};
 pub use checksum::{BlockHasher, CHUNK_BYTES, Corrupt, block_checksum};
 #[cfg(feature = "cuda")]
-pub use device::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
 pub use device::{
-    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, PlaneShape, RegionFault,
-    RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, STREAM_QUEUE_MAX, ScatterJob, Transfer,
-    TransferError, gather, scatter,
+    CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFigures, CudaFound, CudaSelector,
+    ScratchFigures,
+};
+pub use device::{
+    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, Link, LinkError,
+    PlaneShape, RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob,
+    SCATTER_PLANES_MAX, STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
 pub use foreign::{

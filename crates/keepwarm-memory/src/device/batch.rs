@@ -7,9 +7,11 @@ use crossbeam_channel::{Sender, TrySendError};
 use futures::channel::oneshot;
 
 use super::event::Progress;
+use super::health::Health;
 use super::regions::{FromRegion, IntoRegion};
 use super::steps::{Errand, FillJob, Step};
 use super::{DeviceError, Direction, GatherJob, Job, ScatterJob, TransferError};
+use crate::foreign::Seen;
 use crate::guard::{Block, BlockMut};
 use crate::ranges::{self, Label, Range};
 
@@ -94,6 +96,12 @@ impl Work {
     }
 }
 
+/// Whether all of a batch may still be issued, now that its turn has come: what it works on may have ended since.
+pub(super) fn due<S: Step>(jobs: &[S]) -> Result<(), DeviceError> {
+    let mut seen = Seen::default();
+    jobs.iter().try_for_each(|job| job.is_due(&mut seen))
+}
+
 /// What a profiler shows of a batch; nothing of an empty one.
 fn label<S: Step>(direction: Direction, jobs: &[S]) -> Option<Label> {
     let Errand { work, from, to, owner } = jobs.first()?.errand();
@@ -114,12 +122,19 @@ pub(super) fn enqueue<S: Step>(
     direction: Direction,
     jobs: Vec<S>,
     kind: fn(Submission<S>) -> Work,
-    serves: impl FnOnce() -> Result<(), DeviceError>,
+    health: &Health,
     progress: &Progress,
     queue: &Sender<Work>,
 ) -> Result<Transfer<S::Done>, TransferError> {
     let (done, outcome) = oneshot::channel();
-    let fit = serves().and_then(|()| jobs.iter().try_for_each(S::check));
+    let fits = |job: &S| {
+        let keeps = job.keeps_owners();
+        #[cfg(test)]
+        let keeps = keeps || crate::fault::Planted::has(&health.faults.planted.knows_no_owner);
+        job.check()?;
+        if keeps { Ok(()) } else { Err(DeviceError::WrongOwner) }
+    };
+    let fit = health.check().and_then(|()| jobs.iter().try_for_each(fits));
     let range = ranges::begin(|| fit.as_ref().ok().and_then(|()| label(direction, &jobs)));
     let work = kind(Submission { jobs, done, range });
     if let Err(cause) = fit {

@@ -8,13 +8,14 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, enqueue};
+use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, due, enqueue};
 use super::event::{Event, Progress};
 use super::health::Health;
+use super::link::{Link, LinkError};
 use super::steps::{Ended, FillJob, Step};
 use super::{
     Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
-    RegionScatterJob, ScatterJob, Transfer, TransferError, regions,
+    RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
@@ -36,7 +37,12 @@ struct Runner<'a> {
 impl Run for Runner<'_> {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
         let Submission { jobs, done, range } = submission;
-        let outcome = run_all(jobs, self.health, self.strands);
+        let outcome = match due(&jobs) {
+            Ok(()) => run_all(jobs, self.health, self.strands),
+            Err(cause) => {
+                Err(TransferError { cause, targets: jobs.into_iter().filter_map(S::into_target).collect() })
+            }
+        };
         range.end();
         // Where nobody waits any more, what was made goes back to its arena right here.
         drop(done.send(outcome));
@@ -90,7 +96,7 @@ impl HostDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.streams[at])
+        enqueue(direction, jobs, kind, &self.health, &self.health.progress[at], &self.streams[at])
     }
 }
 
@@ -171,6 +177,10 @@ impl Device for HostDevice {
 
     fn record(&self, direction: Direction) -> Event {
         self.health.progress[direction.place()].record()
+    }
+
+    fn link_to(&self, target: &dyn Device) -> Result<Link, LinkError> {
+        Err(no_link(self, target))
     }
 }
 

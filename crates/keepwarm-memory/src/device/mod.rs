@@ -12,17 +12,24 @@ mod cuda;
 mod event;
 mod health;
 mod host;
+mod link;
 mod planes;
 mod regions;
 mod steps;
 
 pub use batch::{STREAM_QUEUE_MAX, Transfer};
 #[cfg(feature = "cuda")]
-pub use cuda::{CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFound, CudaSelector};
+pub use cuda::{
+    CUDA_PATIENCE, CudaClaim, CudaDevice, CudaDriver, CudaError, CudaFigures, CudaFound, CudaSelector,
+    ScratchFigures,
+};
 pub use event::Event;
 pub use host::HostDevice;
+pub use link::{Link, LinkError};
 pub use planes::{PlaneShape, gather, scatter};
-pub use regions::{RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob};
+pub use regions::{
+    RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob, SCATTER_PLANES_MAX,
+};
 
 use std::fmt;
 
@@ -79,9 +86,13 @@ pub enum DeviceError {
     /// Planes, tokens and blocks of a gather or a scatter do not go together; what does not fit.
     #[error("the shape does not fit: {0}")]
     Shape(String),
-    /// A gather or a scatter would show one owner's bytes to another.
+    /// It would show one owner's bytes to another.
     #[error("source and target belong to different owners")]
     WrongOwner,
+    /// What the bytes come from or go to serves no more, and this device does: the process that brought a region has ended.
+    /// Nothing was issued.
+    #[error("the other end is gone: {0}")]
+    Gone(String),
 }
 
 /// One block to copy.
@@ -157,7 +168,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Copies a batch on the stream of `direction`, verified at the destination.
     ///
     /// # Errors
-    /// [`TransferError`] at once where the device is fenced or its stream full; nothing was copied then.
+    /// [`TransferError`] at once where the device is fenced, its stream full, a target too small, or of another tenant than
+    /// its source; nothing was copied then.
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError>;
 
     /// Fills each target to its capacity with `byte` on the stream of `direction`, and seals it as a new instance
@@ -209,7 +221,8 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// [`RegionRefusal`] at once: a region is not open, planes lie outside of it or overlap, another device opened it, or as
     /// for [`gather`](Self::gather); nothing was written then. The transfer fails with [`DeviceError::Corrupt`] where what
     /// arrived is not what the region had when it was read, or has had since (its process wrote there meanwhile): the instance
-    /// that it names is the one that would have been made. Or with [`DeviceError::Fenced`].
+    /// that it names is the one that would have been made. With [`DeviceError::Gone`] where a region's process had ended when
+    /// the work's turn came. Or with [`DeviceError::Fenced`].
     fn gather_from(
         &self,
         direction: Direction,
@@ -223,7 +236,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`RegionRefusal`] at once, as for [`gather_from`](Self::gather_from); nothing was written then. The transfer fails
     /// with [`DeviceError::Corrupt`] where the source is broken or the region does not have its bytes afterwards, or with
-    /// [`DeviceError::Fenced`]; some of the planes may have been written then.
+    /// [`DeviceError::Fenced`]; some of the planes may have been written then. With [`DeviceError::Gone`] as for a gather.
     fn scatter_into(
         &self,
         direction: Direction,
@@ -233,6 +246,26 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Marks the point behind everything that was submitted to the stream of `direction` so far. Takes no place
     /// in the stream, so it is never refused; on a fenced device the event says so.
     fn record(&self, direction: Direction) -> Event;
+
+    /// Makes a way from this device's memory straight into another's. It costs two threads, a stream on each of the two and
+    /// some megabytes of page-locked memory, so it is made once and kept. May wait for the driver: not for an actor's thread.
+    ///
+    /// # Errors
+    /// [`LinkError::NotPossible`] where there is none: the caller goes through pinned memory. [`LinkError::Fenced`],
+    /// [`LinkError::Failed`].
+    fn link_to(&self, target: &dyn Device) -> Result<Link, LinkError>;
+
+    /// This device, if it is a CUDA device: for links.
+    #[cfg(feature = "cuda")]
+    fn as_cuda(&self) -> Option<&CudaDevice> {
+        None
+    }
+}
+
+/// What devices answer that no link goes from or to.
+fn no_link(from: &dyn Device, to: &dyn Device) -> LinkError {
+    let (from, to) = (from.name().to_owned(), to.name().to_owned());
+    LinkError::NotPossible { from, to, why: "only between CUDA devices there are links".to_owned() }
 }
 
 #[cfg(test)]

@@ -13,6 +13,9 @@ use crate::fault::FaultPlan;
 use crate::foreign::{ForeignRegion, Lease, RegionState, Seen};
 use crate::guard::{Block, BlockMut, next_instance};
 
+/// Planes of regions that one scatter may write, where it names more than one row of them: they are held against each other,
+/// 24 MiB of numbers at most. A session of 1,024 blocks of 512 layers with K and V.
+pub const SCATTER_PLANES_MAX: usize = 1 << 20;
 /// What profilers call the tier.
 const REGION: &str = "region";
 
@@ -53,8 +56,9 @@ pub struct RegionScatterJob {
     pub owner: Owner,
     /// How many tokens of each plane it has, at most `shape.tokens_per_block`.
     pub tokens: usize,
-    /// Where to, in order: together `shape.planes`. What lies behind a plane's tokens stays as it is. Planes of one
-    /// submission that overlap arrive as corrupt.
+    /// Where to, in order: together `shape.planes`. What lies behind a plane's tokens stays as it is. No two planes of one
+    /// submission may have a written byte in common; the same memory opened twice is not seen to be the same, and what is
+    /// written twice there arrives as corrupt.
     pub targets: Vec<RegionPlanes>,
 }
 
@@ -91,6 +95,19 @@ pub enum RegionFault {
         /// Bytes that a plane has room for.
         room: usize,
     },
+    /// Planes of a scatter overlap each other.
+    #[error(
+        "the bytes from {offset} of a region on would be written twice by one submission: give each byte one source"
+    )]
+    Twice {
+        /// Bytes from the region's start to the plane that begins in another one.
+        offset: u64,
+    },
+    /// A scatter writes more planes than may be.
+    #[error(
+        "{0} planes are more than the {SCATTER_PLANES_MAX} that one scatter may write: submit fewer blocks at a time"
+    )]
+    Planes(usize),
     /// Another device opened the region.
     #[error("the region was opened by another device: open it with the one that is to work on it")]
     Elsewhere,
@@ -236,7 +253,40 @@ pub(super) fn scatter_into(
         Ok(IntoRegion { shape, source, tokens, targets })
     };
     let steps: Result<Vec<_>, RegionFault> = jobs.into_iter().map(step).collect();
+    let steps = steps.and_then(|steps| apart(&steps).map(|()| steps));
     Ok(enqueue(steps.map_err(|cause| RegionRefusal { cause, targets: Vec::new() })?)?)
+}
+
+/// Whether no byte of a region would be written twice.
+fn apart(steps: &[IntoRegion]) -> Result<(), RegionFault> {
+    let strips = || steps.iter().flat_map(|step| step.targets.iter().map(move |strip| (strip, step.used())));
+    // Planes of one strip are apart by its pitch.
+    if strips().nth(1).is_none() {
+        return Ok(());
+    }
+    let planes = strips().fold(0_usize, |sum, (strip, _)| sum.saturating_add(strip.planes));
+    if planes > SCATTER_PLANES_MAX {
+        return Err(RegionFault::Planes(planes));
+    }
+    let row = |(strip, used): (&Strip, usize)| {
+        let begins = strip.lease.begins();
+        strip
+            .starts()
+            .map(move |start| (begins + start as u64, used as u64, start as u64))
+            .collect::<Vec<_>>()
+    };
+    let mut rows: Vec<_> = strips().filter(|(_, used)| *used > 0).flat_map(row).collect();
+    rows.sort_unstable();
+    let over = rows.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0);
+    over.map_or(Ok(()), |pair| Err(RegionFault::Twice { offset: pair[1].2 }))
+}
+
+/// Whether every process whose memory it is runs: what a process left behind may be anything, and is nobody's any more.
+fn attended(strips: &[Strip], seen: &mut Seen) -> Result<(), DeviceError> {
+    match strips.iter().all(|strip| strip.lease.is_alive(seen)) {
+        true => Ok(()),
+        false => Err(DeviceError::Gone("the process that brought the region has ended".to_owned())),
+    }
 }
 
 impl FromRegion {
@@ -262,6 +312,10 @@ impl FromRegion {
 
 impl Step for FromRegion {
     type Done = Block;
+
+    fn is_due(&self, seen: &mut Seen) -> Result<(), DeviceError> {
+        attended(&self.sources, seen)
+    }
 
     fn bytes(&self) -> usize {
         self.shape.packed_bytes(self.tokens)
@@ -305,6 +359,10 @@ impl IntoRegion {
 
 impl Step for IntoRegion {
     type Done = ();
+
+    fn is_due(&self, seen: &mut Seen) -> Result<(), DeviceError> {
+        attended(&self.targets, seen)
+    }
 
     fn bytes(&self) -> usize {
         self.source.length()

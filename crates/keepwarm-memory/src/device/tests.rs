@@ -2,12 +2,17 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+#[cfg(feature = "cuda")]
+mod link;
 mod peer;
+mod planted;
 #[cfg(feature = "nvtx")]
 mod ranges;
 mod regions;
 #[cfg(feature = "cuda")]
 mod regions_cuda;
+#[cfg(feature = "cuda")]
+mod scratch;
 mod streams;
 
 use std::sync::Arc;
@@ -135,6 +140,7 @@ fn after_a_sticky_error_the_device_serves_nothing_more(kind: Kind) {
     let error = bench.device.submit(Direction::In, bench.jobs(&sources)).unwrap_err();
     assert!(matches!(error.cause, DeviceError::Fenced(_)));
     assert_eq!(error.targets.len(), 1, "the guards come back");
+    assert_eq!(planted::serves_nothing_more(&bench), Ok(()));
 }
 
 fn a_dropped_transfer_holds_its_memory_until_the_copy_has_run(kind: Kind) {

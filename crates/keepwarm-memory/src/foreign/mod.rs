@@ -367,7 +367,7 @@ impl ForeignRegion {
     }
 }
 
-/// Whom a submission has found alive: the system is asked once for planes of one process, not for each.
+/// Whom a batch has found alive: the system is asked once for planes of one process, not for each.
 #[derive(Debug, Default)]
 pub(crate) struct Seen(Option<Arc<Watch>>);
 
@@ -400,6 +400,16 @@ impl Drop for Lease {
 }
 
 impl Lease {
+    /// Whether its process runs; `seen` is the process that was last found alive for the same batch.
+    pub(crate) fn is_alive(&self, seen: &mut Seen) -> bool {
+        seen.is_alive(&self.0.peer)
+    }
+
+    /// Where the region begins here, among all that are mapped.
+    pub(crate) fn begins(&self) -> u64 {
+        self.0.address
+    }
+
     /// Where it lies, for the devices that move its bytes.
     #[cfg(feature = "cuda")]
     pub(crate) fn place(&self) -> Place {

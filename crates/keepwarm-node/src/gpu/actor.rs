@@ -397,6 +397,9 @@ impl From<DeviceError> for Error {
             DeviceError::Busy => {
                 Self::Overloaded { what: "the GPU's copy stream is full", retry_after: Millis(500) }
             }
+            DeviceError::Gone(_) => {
+                Self::Unavailable { reason: error.to_string(), retry_after: Millis(1000) }
+            }
             DeviceError::Size { .. } | DeviceError::Shape(_) | DeviceError::WrongOwner => {
                 Self::Internal(error.to_string())
             }

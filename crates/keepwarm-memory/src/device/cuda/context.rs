@@ -237,6 +237,11 @@ impl Stream {
         Ok(Self { context: Arc::clone(context), handle })
     }
 
+    /// The driver's handle, for calls that name the stream.
+    pub(super) const fn handle(&self) -> usize {
+        self.handle
+    }
+
     /// Copies `bytes`; both ends must stay until an event behind it has passed.
     pub(super) fn copy(&self, to: Place, from: Place, bytes: usize) -> Result<(), CudaError> {
         let driver = &self.context.driver;
@@ -313,9 +318,9 @@ impl Stream {
     pub(super) fn record(&self) -> Result<Mark, CudaError> {
         let mut handle = 0;
         call!(self.context.driver, event_create(&raw mut handle, NO_TIMING))?;
-        let mark = Mark { context: Arc::clone(&self.context), handle };
-        call!(self.context.driver, event_record(mark.handle, self.handle))?;
-        Ok(mark)
+        let event = RecordedEvent { context: Arc::clone(&self.context), handle };
+        call!(self.context.driver, event_record(event.handle, self.handle))?;
+        Ok(Mark::Event(event))
     }
 
     /// Blocks until all of it has run, without a deadline: only while nobody depends on the device yet.
@@ -333,24 +338,37 @@ impl Drop for Stream {
     }
 }
 
-/// A recorded event.
+/// A point of a stream.
 #[derive(Debug)]
-pub(super) struct Mark {
-    context: Arc<Context>,
-    handle: usize,
+pub(super) enum Mark {
+    /// Where an event was recorded.
+    Event(RecordedEvent),
+    /// Behind all that was put in: where no event could be recorded, and nothing more is put in.
+    End(Arc<Stream>),
 }
 
 impl Mark {
     /// Whether it has passed; its thread has [entered](Context::enter) the context.
     pub(super) fn passed(&self) -> Result<bool, CudaError> {
-        match call!(self.context.driver, event_query(self.handle)) {
+        let asked = match self {
+            Self::Event(event) => call!(event.context.driver, event_query(event.handle)),
+            Self::End(stream) => call!(stream.context.driver, stream_query(stream.handle)),
+        };
+        match asked {
             Err(error) if error.code() == Some(NOT_READY) => Ok(false),
             answer => answer.map(|()| true),
         }
     }
 }
 
-impl Drop for Mark {
+/// A recorded event.
+#[derive(Debug)]
+pub(super) struct RecordedEvent {
+    context: Arc<Context>,
+    handle: usize,
+}
+
+impl Drop for RecordedEvent {
     fn drop(&mut self) {
         let Self { context, handle } = self;
         context.give_back("an event", || {

@@ -12,6 +12,7 @@ use cudarc::driver::sys;
 use keepwarm_types::Bytes;
 
 use super::context::Context;
+use super::scratch::PoolProperties;
 use crate::machine::{MpsLimits, same_uuid};
 use crate::region::ReserveError;
 
@@ -78,6 +79,17 @@ pub enum CudaError {
         /// What this process may have.
         limit: Bytes,
     },
+    /// There is no memory for what the device's own work needs.
+    #[error(
+        "cuda:{device} has no {asked} of scratch memory, also after its pool was trimmed: ask for a smaller arena, or end what \
+         else uses it"
+    )]
+    Scratch {
+        /// The driver's number of the device.
+        device: i32,
+        /// What was asked for.
+        asked: Bytes,
+    },
     /// The arena's settings, or what the system gave.
     #[error(transparent)]
     Reserve(#[from] ReserveError),
@@ -112,7 +124,7 @@ impl CudaError {
     /// Whether less memory would have been enough.
     #[must_use]
     pub const fn is_about_memory(&self) -> bool {
-        matches!(self, Self::Memory { .. } | Self::Limited { .. } | Self::Reserve(_))
+        matches!(self, Self::Memory { .. } | Self::Limited { .. } | Self::Scratch { .. } | Self::Reserve(_))
     }
 
     /// The driver's number, where it answered with one.
@@ -254,6 +266,13 @@ table! {
     memory_info = cuMemGetInfo_v2(*mut usize, *mut usize);
     allocate = cuMemAlloc_v2(*mut u64, usize);
     free = cuMemFree_v2(u64);
+    pool_create = cuMemPoolCreate(*mut usize, *const PoolProperties);
+    pool_destroy = cuMemPoolDestroy(usize);
+    pool_set = cuMemPoolSetAttribute(usize, c_int, *mut c_void);
+    pool_get = cuMemPoolGetAttribute(usize, c_int, *mut c_void);
+    pool_trim = cuMemPoolTrimTo(usize, usize);
+    allocate_from = cuMemAllocFromPoolAsync(*mut u64, usize, usize, usize);
+    free_in_order = cuMemFreeAsync(u64, usize);
     allocate_host = cuMemHostAlloc(*mut *mut c_void, usize, u32);
     free_host = cuMemFreeHost(*mut c_void);
     register = cuMemHostRegister_v2(*mut c_void, usize, u32);
@@ -265,6 +284,7 @@ table! {
     stream_create = cuStreamCreate(*mut usize, u32);
     stream_destroy = cuStreamDestroy_v2(usize);
     stream_wait = cuStreamSynchronize(usize);
+    stream_query = cuStreamQuery(usize);
     event_create = cuEventCreate(*mut usize, u32);
     event_destroy = cuEventDestroy_v2(usize);
     event_record = cuEventRecord(usize, usize);
@@ -273,6 +293,8 @@ table! {
     copy_out = cuMemcpyDtoHAsync_v2(u64, u64, usize, usize);
     copy_within = cuMemcpyDtoDAsync_v2(u64, u64, usize, usize);
     copy_between = cuMemcpyPeerAsync(u64, usize, u64, usize, usize, usize);
+    can_peer = cuDeviceCanAccessPeer(*mut c_int, c_int, c_int);
+    enable_peer = cuCtxEnablePeerAccess(usize, u32);
     copy_rows = cuMemcpy2DAsync_v2(*const Copy2d, usize);
     fill = cuMemsetD8Async(u64, u8, usize, usize);
     module_load = cuModuleLoadData(*mut usize, *const c_void);

@@ -1,4 +1,5 @@
-//! A direction's stream: a thread that puts batches on it, and one that ends them as they pass.
+//! A direction's stream: a thread that puts batches on it, and one that ends them as they pass. A link between devices is one
+//! too, with batches that one device issues and another ends.
 //!
 //! The first never waits for the device, so the next batch's copies are queued while the last one's are verified.
 
@@ -9,17 +10,18 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 use futures::channel::oneshot;
 
-use super::context::{Context, Stream};
+use super::context::{Context, Mark, Stream};
 use super::driver::CudaError;
 use super::kernels::Kernels;
 use super::plan::{Lent, Plan, Stack};
 use super::poll::{Passed, Poller};
+use super::scratch::Shown;
 use super::verify::{Unread, Verifier};
-use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work};
+use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work, due};
 use crate::device::event::Progress;
 use crate::device::health::Health;
 use crate::device::steps::Step;
-use crate::device::{DeviceError, Direction, TransferError};
+use crate::device::{DeviceError, DeviceState, TransferError};
 use crate::ranges::Range;
 
 /// Batches that are on the stream or being verified. Two would keep the stream busy; more hide batches that are small.
@@ -36,36 +38,70 @@ impl Drop for Ending<'_> {
     }
 }
 
-/// Starts a direction's threads; they end when the sender has dropped and all is done.
+/// What a lane needs of a device.
+#[derive(Debug, Clone)]
+pub(super) struct Side {
+    pub(super) context: Arc<Context>,
+    pub(super) health: Arc<Health>,
+    pub(super) poller: Poller,
+    pub(super) kernels: Option<Arc<Kernels>>,
+}
+
+/// The device that issues a batch, and what its fence is to whoever waits for the batch.
+#[derive(Debug, Clone)]
+struct Origin {
+    health: Arc<Health>,
+    fenced: fn(String) -> DeviceError,
+}
+
+impl Origin {
+    fn check(&self) -> Result<(), DeviceError> {
+        match self.health.state() {
+            DeviceState::Up => Ok(()),
+            DeviceState::Fenced(reason) => Err((self.fenced)(reason)),
+        }
+    }
+
+    fn failed(&self, error: &CudaError) -> DeviceError {
+        self.health.fence(&error.to_string());
+        (self.fenced)(error.to_string())
+    }
+}
+
+/// Starts a lane's threads: work is issued at the first side and ends at the second, and what the first one's fence is to it,
+/// `fenced` says. They end when the sender has dropped and all is done.
 pub(super) fn start(
     name: &str,
-    direction: Direction,
-    context: &Arc<Context>,
-    health: &Arc<Health>,
-    poller: &Poller,
-    kernels: Option<&Arc<Kernels>>,
+    (issues, fenced): (&Side, fn(String) -> DeviceError),
+    ends: &Side,
+    progress: &Arc<Progress>,
+    scratch: &Arc<Shown>,
 ) -> Result<Sender<Work>, CudaError> {
-    context.enter()?;
-    let word = if direction == Direction::In { "in" } else { "out" };
-    let (stream, verifier) = (Stream::create(context)?, Verifier::new(context, poller, kernels)?);
+    let verifier = Verifier::new(&ends.context, &ends.poller, ends.kernels.as_ref(), scratch)?;
+    issues.context.enter()?;
+    let stream = Arc::new(Stream::create(&issues.context)?);
     let (submit, work) = bounded(STREAM_QUEUE_MAX);
     let (send, flights) = bounded(IN_FLIGHT_MAX);
     let spawn = |name: String, run: Box<dyn FnOnce() + Send>| {
         thread::Builder::new().name(name).spawn(run).map(drop).map_err(CudaError::System)
     };
-    let stack = Stack::reserve(context, kernels, IN_FLIGHT_MAX)?;
-    let issuer = Issuer { stream, health: Arc::clone(health), poller: poller.clone(), flights: send, stack };
-    let (context_, health_) = (Arc::clone(context), Arc::clone(health));
-    spawn(format!("{name}-{word}"), Box::new(move || issue_all(issuer, &work, &context_)))?;
-    let context = Arc::clone(context);
-    let ends = move || end_all(&flights, direction, &context, &health_, &verifier);
-    spawn(format!("{name}-{word}-ends"), Box::new(ends))?;
+    let stack = Stack::reserve(&issues.context, issues.kernels.as_ref(), IN_FLIGHT_MAX)?;
+    let origin = Origin { health: Arc::clone(&issues.health), fenced };
+    let (target, poller) = (Arc::clone(&ends.health), issues.poller.clone());
+    let issuer = Issuer { stream, origin, target, poller, flights: send, stack };
+    let context = Arc::clone(&issues.context);
+    spawn(name.to_owned(), Box::new(move || issue_all(issuer, &work, &context)))?;
+    let (ends, progress) = (ends.clone(), Arc::clone(progress));
+    let end = move || end_all(&flights, &progress, &ends.context, &ends.health, &verifier);
+    spawn(format!("{name}-ends"), Box::new(end))?;
     Ok(submit)
 }
 
 struct Issuer {
-    stream: Stream,
-    health: Arc<Health>,
+    stream: Arc<Stream>,
+    origin: Origin,
+    /// The device that it ends on.
+    target: Arc<Health>,
     poller: Poller,
     flights: Sender<Box<dyn Flight>>,
     stack: Stack,
@@ -73,44 +109,44 @@ struct Issuer {
 
 fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
     if let Err(error) = context.enter() {
-        issuer.health.fence(&format!("a stream cannot use it: {error}"));
+        issuer.origin.health.fence(&format!("a stream cannot use it: {error}"));
     }
     for work in queue {
-        issuer.health.faults.wait_while_hung();
+        issuer.origin.health.faults.wait_while_hung();
         work.run(&mut issuer);
     }
 }
 
 impl Run for Issuer {
     fn run<S: Step>(&mut self, submission: Submission<S>) {
-        let mut issued = self.health.check();
+        let serve = self.origin.check().and_then(|()| self.target.check());
+        let mut issued = serve.and_then(|()| due(&submission.jobs));
         let mut lent = None;
         if issued.is_ok() {
             let mut plan = Plan::default();
             submission.jobs.iter().for_each(|job| job.plan(&mut plan));
             lent = if plan.wants_sheets() { self.stack.lend() } else { None };
             let all = plan.issue(&self.stream, lent.as_mut().and_then(Lent::sheets));
-            issued = all.map_err(|error| self.failed(&error));
+            issued = all.map_err(|error| self.origin.failed(&error));
         }
         // What was put on the stream before an error still runs, and its memory stays until that has passed.
-        let passed = match self.stream.record() {
-            Ok(mark) => Some(self.poller.watch(mark)),
-            Err(error) => {
-                issued = issued.and(Err(self.failed(&error)));
-                None
-            }
-        };
+        let mark = self.stream.record().unwrap_or_else(|error| {
+            issued = issued.clone().and(Err(self.origin.failed(&error)));
+            // Fenced, nothing more is issued: what runs before the stream's end is this and what was before it.
+            Mark::End(Arc::clone(&self.stream))
+        });
+        let passed = self.poller.watch(mark);
+        #[cfg(test)]
+        let mut submission = submission;
+        #[cfg(test)]
+        if crate::fault::Planted::has(&self.target.faults.planted.lets_go_early) {
+            submission.jobs.iter_mut().for_each(S::let_go);
+        }
         let Submission { jobs, done, range } = submission;
-        let batch = Batch { jobs, done: Some(done), issued, passed, range, _sheets: lent };
+        let (done, origin) = (Some(done), self.origin.clone());
+        let batch = Batch { jobs, done, origin, issued, passed, range, _sheets: lent };
         // The thread that ends flights lives as long as this one sends.
         drop(self.flights.send(Box::new(batch)));
-    }
-}
-
-impl Issuer {
-    fn failed(&self, error: &CudaError) -> DeviceError {
-        self.health.fence(&error.to_string());
-        DeviceError::Fenced(error.to_string())
     }
 }
 
@@ -127,9 +163,9 @@ struct Batch<S: Step> {
     jobs: Vec<S>,
     /// Until it is answered.
     done: Option<oneshot::Sender<Outcome<S::Done>>>,
+    origin: Origin,
     issued: Result<(), DeviceError>,
-    /// None where no event could be recorded: the context is broken, and nothing of it runs any more.
-    passed: Option<Receiver<Passed>>,
+    passed: Receiver<Passed>,
     range: Range,
     /// What its kernels read.
     _sheets: Option<Lent>,
@@ -146,7 +182,8 @@ impl<S: Step> Batch<S> {
 
     /// Answers without the memory, which stays with this.
     fn strand(mut self: Box<Self>, health: &Health) -> Option<Box<dyn Flight>> {
-        let cause = health.check().err().unwrap_or_else(|| DeviceError::Fenced(STREAM_ENDED.to_owned()));
+        let fenced = self.origin.check().and_then(|()| health.check()).err();
+        let cause = fenced.unwrap_or_else(|| DeviceError::Fenced(STREAM_ENDED.to_owned()));
         if let Some(done) = self.done.take() {
             drop(done.send(Err(TransferError { cause, targets: Vec::new() })));
         }
@@ -157,15 +194,16 @@ impl<S: Step> Batch<S> {
 impl<S: Step> Flight for Batch<S> {
     fn end(self: Box<Self>, health: &Health, verifier: &Verifier) -> Option<Box<dyn Flight>> {
         #[cfg(test)]
-        let asks = !health.faults.waits_for_nothing.load(std::sync::atomic::Ordering::SeqCst);
+        let asks = !crate::fault::Planted::has(&health.faults.planted.waits_for_nothing);
         #[cfg(not(test))]
         let asks = true;
-        let passed = match self.passed.as_ref().filter(|_| asks).map(Receiver::recv) {
+        let passed = match asks.then(|| self.passed.recv()) {
             Some(Ok(Passed::Late) | Err(_)) => return self.strand(health),
-            Some(Ok(Passed::Failed(error))) => Err(DeviceError::Fenced(error.to_string())),
+            Some(Ok(Passed::Failed(error))) => Err((self.origin.fenced)(error.to_string())),
             Some(Ok(Passed::Done)) | None => Ok(()),
         };
-        let whole = self.issued.clone().and(passed).and_then(|()| health.check());
+        let serve = || self.origin.check().and_then(|()| health.check());
+        let whole = self.issued.clone().and(passed).and_then(|()| serve());
         if let Err(cause) = whole {
             self.refuse(cause);
             return None;
@@ -198,7 +236,7 @@ impl<S: Step> Flight for Batch<S> {
 
     fn is_over(&self) -> bool {
         // A second word, or none: the thread that asks is gone, and with it the device's work.
-        !self.passed.as_ref().is_some_and(|passed| matches!(passed.try_recv(), Err(TryRecvError::Empty)))
+        !matches!(self.passed.try_recv(), Err(TryRecvError::Empty))
     }
 }
 
@@ -241,12 +279,11 @@ impl<S: Step> Batch<S> {
 
 fn end_all(
     flights: &Receiver<Box<dyn Flight>>,
-    direction: Direction,
+    progress: &Arc<Progress>,
     context: &Context,
     health: &Health,
     verifier: &Verifier,
 ) {
-    let progress = &health.progress[direction.place()];
     let _ending = Ending(progress);
     if let Err(error) = context.enter() {
         health.fence(&format!("its work cannot be verified: {error}"));

@@ -15,9 +15,11 @@ mod driver;
 mod foreign;
 mod kernels;
 mod lane;
+mod link;
 mod moves;
 mod plan;
 mod poll;
+mod scratch;
 mod verify;
 
 pub use claim::CudaClaim;
@@ -25,6 +27,8 @@ pub use driver::{CudaDriver, CudaError, CudaFound, CudaSelector};
 #[cfg(test)]
 pub(in crate::device) use kernels::tests::compiled as compiled_kernels;
 pub(in crate::device) use moves::Moves;
+pub use scratch::ScratchFigures;
+pub(in crate::device) use scratch::Shown;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,14 +38,16 @@ use keepwarm_types::Bytes;
 
 use self::context::{Context, DeviceMemory, HostMemory, Stream};
 use self::kernels::Kernels;
+use self::lane::Side;
 use self::poll::Poller;
 use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
 use super::health::Health;
+use super::link::{Link, LinkError};
 use super::steps::{FillJob, Step};
 use super::{
-    Device, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal, RegionScatterJob,
-    ScatterJob, Transfer, TransferError, regions,
+    Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
+    RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
@@ -60,9 +66,16 @@ pub struct CudaDevice {
     name: String,
     found: CudaFound,
     arena: Arena,
-    health: Arc<Health>,
-    context: Arc<Context>,
+    side: Side,
     lanes: [Sender<Work>; 2],
+    scratch: [Arc<Shown>; 2],
+}
+
+/// Figures of a CUDA device, beside those of its [arena](Device::arena).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaFigures {
+    /// The scratch pool of the work into the device, and that of the work out of it.
+    pub scratch: [ScratchFigures; 2],
 }
 
 /// A device's kernels. Without them it works as well, and its bytes are read back to be verified: so devices before
@@ -117,16 +130,26 @@ impl CudaDevice {
         let health = Arc::new(Health::new(faults));
         let poller = Poller::start(&settings.name, &context, &health, patience)?;
         let kernels = loaded(&context, &found);
-        let lane =
-            |direction| lane::start(&settings.name, direction, &context, &health, &poller, kernels.as_ref());
-        let lanes = [lane(Direction::In)?, lane(Direction::Out)?];
-        Ok(Self { name: settings.name.clone(), found, arena, health, context, lanes })
+        let (scratch, side) = (<[Arc<Shown>; 2]>::default(), Side { context, health, poller, kernels });
+        let lane = |direction: Direction, word: &str| {
+            let (name, at) = (format!("{}-{word}", settings.name), direction.place());
+            let issues = (&side, DeviceError::Fenced as fn(String) -> DeviceError);
+            lane::start(&name, issues, &side, &side.health.progress[at], &scratch[at])
+        };
+        let lanes = [lane(Direction::In, "in")?, lane(Direction::Out, "out")?];
+        Ok(Self { name: settings.name.clone(), found, arena, side, lanes, scratch })
     }
 
     /// What the driver says of it.
     #[must_use]
     pub fn found(&self) -> &CudaFound {
         &self.found
+    }
+
+    /// Figures of now; never waits for the device.
+    #[must_use]
+    pub fn figures(&self) -> CudaFigures {
+        CudaFigures { scratch: self.scratch.each_ref().map(|shown| shown.now()) }
     }
 
     /// An arena in the host's memory, page-locked for every device of this driver: copies between it and a device run
@@ -136,7 +159,7 @@ impl CudaDevice {
     /// [`CudaError`] where the settings make no arena or so much cannot be locked.
     pub fn page_locked(&self, settings: &ArenaSettings) -> Result<Arena, CudaError> {
         Arena::over(settings, None, |bytes| {
-            HostMemory::reserve(&self.context, bytes).map(|memory| Region::foreign(Box::new(memory)))
+            HostMemory::reserve(&self.side.context, bytes).map(|memory| Region::foreign(Box::new(memory)))
         })
     }
 
@@ -146,10 +169,10 @@ impl CudaDevice {
     /// # Errors
     /// [`CudaError`] where there is no room for the ends.
     pub fn time_plain_copy(&self, direction: Direction, bytes: Bytes) -> Result<Duration, CudaError> {
-        self.context.enter()?;
-        let there = DeviceMemory::reserve(&self.context, &self.name, bytes.0)?;
-        let here = HostMemory::reserve(&self.context, bytes.0)?;
-        let stream = Stream::create(&self.context)?;
+        self.side.context.enter()?;
+        let there = DeviceMemory::reserve(&self.side.context, &self.name, bytes.0)?;
+        let here = HostMemory::reserve(&self.side.context, bytes.0)?;
+        let stream = Stream::create(&self.side.context)?;
         let (to, from) = match direction {
             Direction::In => (there.place(), here.place()),
             Direction::Out => (here.place(), there.place()),
@@ -167,7 +190,7 @@ impl CudaDevice {
         kind: fn(Submission<S>) -> Work,
     ) -> Result<Transfer<S::Done>, TransferError> {
         let at = direction.place();
-        enqueue(direction, jobs, kind, || self.health.check(), &self.health.progress[at], &self.lanes[at])
+        enqueue(direction, jobs, kind, &self.side.health, &self.side.health.progress[at], &self.lanes[at])
     }
 }
 
@@ -181,11 +204,11 @@ impl Device for CudaDevice {
     }
 
     fn state(&self) -> DeviceState {
-        self.health.state()
+        self.side.health.state()
     }
 
     fn fence(&self, reason: &str) {
-        self.health.fence(reason);
+        self.side.health.fence(reason);
     }
 
     fn submit(&self, direction: Direction, jobs: Vec<Job>) -> Result<Transfer, TransferError> {
@@ -221,8 +244,8 @@ impl Device for CudaDevice {
         let bytes = match &brought {
             Brought::SharedMemory { bytes, .. } | Brought::CudaIpc { bytes, .. } => *bytes,
         };
-        ForeignRegion::open(peer, self.health.device, bytes, || {
-            foreign::open(&self.context, &self.found, brought)
+        ForeignRegion::open(peer, self.side.health.device, bytes, || {
+            foreign::open(&self.side.context, &self.found, brought)
         })
     }
 
@@ -231,7 +254,7 @@ impl Device for CudaDevice {
         direction: Direction,
         jobs: Vec<RegionGatherJob>,
     ) -> Result<Transfer, RegionRefusal> {
-        regions::gather_from(jobs, self.health.device, |steps| {
+        regions::gather_from(jobs, self.side.health.device, |steps| {
             self.enqueue(direction, steps, Work::FromRegion)
         })
     }
@@ -241,12 +264,23 @@ impl Device for CudaDevice {
         direction: Direction,
         jobs: Vec<RegionScatterJob>,
     ) -> Result<Transfer<()>, RegionRefusal> {
-        regions::scatter_into(jobs, self.health.device, |steps| {
+        regions::scatter_into(jobs, self.side.health.device, |steps| {
             self.enqueue(direction, steps, Work::IntoRegion)
         })
     }
 
     fn record(&self, direction: Direction) -> Event {
-        self.health.progress[direction.place()].record()
+        self.side.health.progress[direction.place()].record()
+    }
+
+    fn link_to(&self, target: &dyn Device) -> Result<Link, LinkError> {
+        match target.as_cuda() {
+            Some(target) => link::open(self, target),
+            None => Err(no_link(self, target)),
+        }
+    }
+
+    fn as_cuda(&self) -> Option<&CudaDevice> {
+        Some(self)
     }
 }

@@ -9,11 +9,12 @@ use std::thread;
 
 use keepwarm_types::BlockChecksum;
 
-use super::context::{Context, DeviceMemory, HostMemory, Stream};
+use super::context::{Context, HostMemory, Mark, Stream};
 use super::driver::CudaError;
 use super::kernels::{self, Kernels, Table};
 use super::moves::{Rows, Run};
 use super::poll::{Passed, Poller};
+use super::scratch::{Scratch, Shown};
 use crate::checksum::BlockHasher;
 use crate::foreign::hash_foreign;
 use crate::guard::Place;
@@ -30,6 +31,10 @@ const RUNS_MAX: usize = 1024;
 const ROWS_MAX: usize = 4096;
 /// Words of their chunks: one for each 4 KiB of 512 MiB.
 const WORDS_MAX: u64 = 131_072;
+/// Words that there is room for from the start: the chunks of a batch of 64 MiB. In tests less, so that there is more to grow.
+const WORDS_FIRST: u64 = if cfg!(test) { 1024 } else { 16_384 };
+/// Bytes of a word.
+const WORD_BYTES: u64 = 8;
 /// A checksum.
 const SUM_BYTES: usize = 16;
 
@@ -59,31 +64,42 @@ enum Hand {
 /// Has a device's bytes hashed, or reads them back, on a stream of its own.
 #[derive(Debug)]
 pub(super) struct Verifier {
-    stream: Stream,
+    stream: Arc<Stream>,
     staging: HostMemory,
     poller: Poller,
     /// Where the device hashes.
     desk: Option<Mutex<Desk>>,
 }
 
-/// What a device needs to hash: tables that it reads, its own room for chunks' words, and where it writes checksums.
+/// What a device needs to hash: tables that it reads, its own room for chunks' words, and where it writes checksums. The tables
+/// and the checksums are page-locked memory of the host, which writes and reads them without a copy of its own for each.
 #[derive(Debug)]
 struct Desk {
     kernels: Arc<Kernels>,
     runs: Table<kernels::Run>,
     rows: Table<kernels::Rows>,
-    words: DeviceMemory,
+    words: Scratch,
+    /// Words that it asks for at most; fewer than at first where the device had no more.
+    words_max: u64,
     sums: HostMemory,
+    context: usize,
 }
 
 impl Desk {
-    fn new(context: &Arc<Context>, kernels: &Arc<Kernels>) -> Result<Self, CudaError> {
+    fn new(
+        context: &Arc<Context>,
+        kernels: &Arc<Kernels>,
+        stream: &Arc<Stream>,
+        shown: &Arc<Shown>,
+    ) -> Result<Self, CudaError> {
         Ok(Self {
             kernels: Arc::clone(kernels),
             runs: Table::reserve(context, RUNS_MAX)?,
             rows: Table::reserve(context, ROWS_MAX)?,
-            words: DeviceMemory::reserve(context, "the device", 8 * WORDS_MAX)?,
+            words: Scratch::reserve(context, stream, WORD_BYTES * WORDS_FIRST, shown)?,
+            words_max: WORDS_MAX,
             sums: HostMemory::reserve(context, (RUNS_MAX * SUM_BYTES) as u64)?,
+            context: context.number(),
         })
     }
 
@@ -91,20 +107,40 @@ impl Desk {
         kernels::Run::chunks_of(run.iter().map(Rows::total).sum::<usize>() as u64)
     }
 
+    /// Words that there is room for.
+    const fn room(&self) -> u64 {
+        self.words.bytes() / WORD_BYTES
+    }
+
+    /// Makes room for these runs at once, or for as many as may be. Where the device has no more memory it works with what
+    /// it has: in more launches, and a run that is too long for it is read back.
+    fn widen(&mut self, runs: &[Run]) -> Result<(), CudaError> {
+        let own = |run: &&Run| run.iter().all(|rows| rows.place.context == Some(self.context));
+        let wanted: u64 = runs.iter().filter(own).map(Self::chunks).sum();
+        let wanted = wanted.next_power_of_two().min(self.words_max);
+        match self.words.grow(WORD_BYTES * wanted) {
+            Err(error @ CudaError::Scratch { .. }) => {
+                tracing::warn!(%error, "checksums will be slower: what there is must do");
+                self.words_max = self.room();
+                Ok(())
+            }
+            answer => answer,
+        }
+    }
+
     /// Whether the device can hash this run: all of it lies in its own memory, and there is room.
     fn takes(&self, run: &Run) -> bool {
-        let own = self.words.context();
         run.len() <= ROWS_MAX
-            && Self::chunks(run) <= WORDS_MAX
-            && run.iter().all(|rows| rows.place.context == own)
+            && Self::chunks(run) <= self.room()
+            && run.iter().all(|rows| rows.place.context == Some(self.context))
     }
 
     /// How many of these runs, from the first on, there is room for at a time.
-    fn fitting(runs: &[&Run]) -> usize {
+    fn fitting(&self, runs: &[&Run]) -> usize {
         let (mut rows, mut words) = (0, 0);
         let fits = |run: &&&Run| {
             (rows, words) = (rows + run.len(), words + Self::chunks(run));
-            rows <= ROWS_MAX && words <= WORDS_MAX
+            rows <= ROWS_MAX && words <= self.room()
         };
         runs.iter().take(RUNS_MAX).take_while(fits).count()
     }
@@ -116,7 +152,7 @@ impl Desk {
             of_runs.push(kernels::Run {
                 rows: self.rows.address(of_rows.len()),
                 bytes: run.iter().map(Rows::total).sum::<usize>() as u64,
-                chunks: self.words.address() + 8 * words,
+                chunks: self.words.address() + WORD_BYTES * words,
                 checksum: self.sums.address() + (number * SUM_BYTES) as u64,
             });
             words += Self::chunks(run);
@@ -150,16 +186,21 @@ impl Verifier {
         context: &Arc<Context>,
         poller: &Poller,
         kernels: Option<&Arc<Kernels>>,
+        shown: &Arc<Shown>,
     ) -> Result<Self, CudaError> {
         context.enter()?;
         let staging = HostMemory::reserve(context, PIECE_BYTES as u64)?;
-        let desk = kernels.map(|kernels| Desk::new(context, kernels).map(Mutex::new)).transpose()?;
-        Ok(Self { stream: Stream::create(context)?, staging, poller: poller.clone(), desk })
+        let stream = Arc::new(Stream::create(context)?);
+        let desk = kernels.map(|kernels| Desk::new(context, kernels, &stream, shown).map(Mutex::new));
+        Ok(Self { stream, staging, poller: poller.clone(), desk: desk.transpose()? })
     }
 
     /// The checksum of each run. All that wrote to them has passed, and their guards are held.
     pub(super) fn checksums(&self, runs: &[Run]) -> Result<Vec<BlockChecksum>, Unread> {
         let mut desk = self.desk.as_ref().map(|desk| desk.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(desk) = desk.as_mut() {
+            desk.widen(runs)?;
+        }
         let hand = |run: &&Run| match desk.as_ref() {
             _ if run.iter().all(|rows| rows.place.context.is_none()) => Hand::Host,
             Some(desk) if desk.takes(run) => Hand::Device,
@@ -186,9 +227,8 @@ impl Verifier {
     fn hash_there(&self, desk: &mut Desk, mut runs: &[&Run]) -> Result<Vec<BlockChecksum>, Unread> {
         let mut found = Vec::with_capacity(runs.len());
         while !runs.is_empty() {
-            let (now, later) = runs.split_at(Desk::fitting(runs));
-            desk.launch(now, &self.stream)?;
-            self.pass()?;
+            let (now, later) = runs.split_at(desk.fitting(runs));
+            self.pass(desk.launch(now, &self.stream))?;
             found.extend(desk.sums(now.len()));
             runs = later;
         }
@@ -210,8 +250,7 @@ impl Verifier {
                     let bytes = PIECE_BYTES.min(rows.bytes - at);
                     let address = rows.place.address + (first * rows.pitch + at) as u64;
                     let from = (Place { address, ..rows.place }, rows.pitch);
-                    self.stream.copy_rows((self.staging.place(), bytes), from, bytes, count)?;
-                    self.pass()?;
+                    self.pass(self.stream.copy_rows((self.staging.place(), bytes), from, bytes, count))?;
                     // SAFETY: the copy has passed, and the next begins after this.
                     hasher.update(unsafe { self.staging.head(bytes * count) });
                 }
@@ -220,11 +259,17 @@ impl Verifier {
         Ok(hasher.finish())
     }
 
-    fn pass(&self) -> Result<(), Unread> {
-        match self.poller.watch(self.stream.record()?).recv() {
-            Ok(Passed::Done) => Ok(()),
-            Ok(Passed::Failed(error)) => Err(error.into()),
-            Ok(Passed::Late) | Err(_) => Err(Unread::Hangs),
+    /// Waits for what was put on the stream. Where putting it there failed, a part of it may run and read what is verified.
+    fn pass(&self, put: Result<(), CudaError>) -> Result<(), Unread> {
+        let (mark, failed) = match put.and_then(|()| self.stream.record()) {
+            Ok(mark) => (mark, None),
+            // Nothing more is put in before this has passed.
+            Err(error) => (Mark::End(Arc::clone(&self.stream)), Some(error)),
+        };
+        match (self.poller.watch(mark).recv(), failed) {
+            (Ok(Passed::Late) | Err(_), _) => Err(Unread::Hangs),
+            (Ok(_), Some(error)) | (Ok(Passed::Failed(error)), None) => Err(error.into()),
+            (Ok(Passed::Done), None) => Ok(()),
         }
     }
 
@@ -236,12 +281,10 @@ impl Verifier {
             unsafe { *(rows.place.address as *mut u8) ^= 1 };
             return Ok(());
         }
-        self.stream.copy(self.staging.place(), rows.place, 1)?;
-        self.pass()?;
+        self.pass(self.stream.copy(self.staging.place(), rows.place, 1))?;
         // SAFETY: the copy has passed.
         let byte = unsafe { self.staging.head(1) }[0];
-        self.stream.fill(rows.place, byte ^ 1, 1)?;
-        self.pass()
+        self.pass(self.stream.fill(rows.place, byte ^ 1, 1))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -11,13 +10,15 @@ use keepwarm_types::{Birth, Bytes, Owner};
 use softcuda::preload::{Preloaded, preload};
 
 use super::Bench;
+use super::planted::serves_nothing_more;
+use super::streams::until;
 use crate::arena::{Arena, ArenaSettings};
 use crate::device::cuda::compiled_kernels;
 use crate::device::{
     CudaDevice, CudaDriver, CudaSelector, DeviceError, DeviceState, Direction, GatherJob, Job, PlaneShape,
     TransferError,
 };
-use crate::fault::FaultPlan;
+use crate::fault::{FaultPlan, Planted};
 use crate::guard::Block;
 use crate::machine::MpsLimits;
 
@@ -27,7 +28,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// `gpu`: the machine's own driver is used instead of softcuda.
 pub(super) const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
 /// Set in a child process of a test: what it is to do.
-const CHILD: &str = "KEEPWARM_TEST_CHILD";
+pub(super) const CHILD: &str = "KEEPWARM_TEST_CHILD";
 
 pub(super) struct Loaded {
     pub(super) driver: CudaDriver,
@@ -46,7 +47,7 @@ pub(super) fn loaded() -> &'static Loaded {
         let kernels = kernels.to_str().expect("the target folder's path is text");
         let mut settings = vec![("SOFTCUDA_RACES", races.as_str()), ("SOFTCUDA_KERNELS", kernels)];
         if std::env::var_os("SOFTCUDA_DEVICES").is_none() {
-            settings.push(("SOFTCUDA_DEVICES", "uuids=process"));
+            settings.push(("SOFTCUDA_DEVICES", "gpus=2,uuids=process"));
         }
         let soft = (!real).then(|| preload(&settings).expect("softcuda is built with the tests"));
         Loaded { driver: CudaDriver::load().expect("the driver loads"), soft }
@@ -108,9 +109,11 @@ fn a_fault_of_the_driver_fences_with_its_reason() {
         assert!(matches!(error.cause, DeviceError::Fenced(_)), "{fault}: {error}");
         let DeviceState::Fenced(told) = bench.device.state() else { panic!("'{fault}' did not fence") };
         assert!(told.contains(reason), "'{fault}' told: {told}");
-        assert!(copy(&bench, &[source]).is_err(), "a fenced device took work after '{fault}'");
+        assert_eq!(serves_nothing_more(&bench), Ok(()), "after '{fault}'");
+        drop(source);
         drop(error);
-        assert_eq!(bench.device.arena().figures().used, Bytes(0), "after '{fault}'");
+        // At once, or as soon as what was issued has run.
+        until("the memory", || bench.used() == 0);
         drop(bench);
         assert!(order("clear"));
         reset_after(fault);
@@ -162,6 +165,41 @@ fn a_device_that_hangs_is_fenced_and_keeps_what_it_may_still_write() {
 }
 
 #[test]
+fn memory_of_a_batch_without_an_event_stays_until_the_batch_has_run() {
+    let bench = bench_with(PATIENCE);
+    let source = bench.filled(7);
+    if !order("hang; cuEventRecord fail 2") {
+        return;
+    }
+    let transfer = bench.device.submit(Direction::In, bench.jobs(std::slice::from_ref(&source))).unwrap();
+    drop(source);
+    until("the fence", || bench.device.state() != DeviceState::Up);
+    assert!(bench.pinned.figures().used > Bytes(0), "memory was given back that a copy may still read");
+    assert!(order("resume"));
+    let error = block_on(transfer).unwrap_err();
+    assert!(error.to_string().contains("cuEventRecord answered 2"), "{error}");
+    drop(error);
+    assert_eq!(bench.used(), 0);
+}
+
+#[test]
+fn a_batch_whose_verification_fails_is_answered_when_nothing_reads_it_any_more() {
+    // The kernels of a checksum are two: the first one's launch succeeds, and what comes behind it does not.
+    for fault in ["cuEventRecord fail 2 after=1", "cuLaunchKernel fail 1 after=1"] {
+        let bench = bench_with(PATIENCE);
+        let source = bench.filled(7);
+        if !order(&format!("{fault}; cuLaunchKernel delay 100")) {
+            return;
+        }
+        let error = copy(&bench, std::slice::from_ref(&source)).unwrap_err();
+        assert_eq!(calls("operations"), calls("operations_done"), "after '{fault}'");
+        assert!(matches!(error.cause, DeviceError::Fenced(_)), "{fault}: {error}");
+        assert_eq!(serves_nothing_more(&bench), Ok(()), "after '{fault}'");
+        assert!(order("clear"));
+    }
+}
+
+#[test]
 fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     let bench = bench_with(PATIENCE);
     let source = bench.filled(9);
@@ -174,7 +212,7 @@ fn a_copy_that_turns_a_bit_is_refused_and_the_device_goes_on() {
     assert_eq!(bench.device.state(), DeviceState::Up);
 }
 
-/// How often this process has called a function of softcuda's.
+/// How often this process has called a function of softcuda's; how many `pools` there are, `operations` and `operations_done`.
 pub(super) fn calls(symbol: &str) -> u64 {
     let statistics = loaded().soft.map(|soft| soft.statistics()).unwrap_or_default();
     let digits = |rest: &str| rest.chars().take_while(char::is_ascii_digit).collect::<String>();
@@ -187,16 +225,21 @@ fn launches() -> u64 {
 }
 
 /// The calls of a stream's work that a batch may make.
-const CALLS: [&str; 9] = [
+const CALLS: [&str; 14] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuMemcpy2DAsync_v2",
+    "cuMemcpyPeerAsync",
     "cuMemsetD8Async",
     "cuLaunchKernel",
     "cuEventRecord",
     "cuMemHostAlloc",
     "cuMemAlloc_v2",
+    "cuMemAllocFromPoolAsync",
+    "cuMemFreeAsync",
+    "cuMemPoolTrimTo",
+    "cuMemPoolGetAttribute",
 ];
 
 /// Driver calls by name while `work` ran.
@@ -353,9 +396,14 @@ fn a_claimed_device_is_nobody_elses_until_the_claim_ends() {
     assert!(found.claim().is_ok());
 }
 
-/// This test again in a process of its own, with that environment; what it printed.
+/// A test of this module again, as [`child_of`] does it.
 fn child(test: &str, word: &str, environment: &[(&str, &str)]) -> String {
-    let path = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
+    child_of(module_path!(), test, word, environment)
+}
+
+/// A test of that module again in a process of its own, with that environment; what it printed.
+pub(super) fn child_of(module: &str, test: &str, word: &str, environment: &[(&str, &str)]) -> String {
+    let path = format!("{}::{test}", module.split_once("::").unwrap().1);
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([path.as_str(), "--exact", "--nocapture"]).env(CHILD, word);
     let ended = command.envs(environment.iter().copied()).output().unwrap();
@@ -401,7 +449,9 @@ fn a_copy_that_is_not_waited_for_does_not_pass_for_sound() {
         return;
     };
     let bench = bench_with(PATIENCE);
-    bench.faults.waits_for_nothing.store(word == "planted", Ordering::SeqCst);
+    if word == "planted" {
+        Planted::plant(&bench.faults.planted.waits_for_nothing);
+    }
     let source = bench.filled(5);
     assert!(order("cuMemcpyHtoDAsync_v2 delay 100"), "this test is softcuda's");
     match copy(&bench, &[source]) {

@@ -229,6 +229,7 @@ fn a_process_that_is_killed_in_the_middle_takes_nothing_with_it(mut scene: Scene
     scene.bringer.does("fill 5");
     scene.bench.faults.hang(true);
     let transfer = scene.gather().unwrap();
+    let scatter = scene.bench.device.scatter_into(Direction::Out, vec![scene.scatter_job()]).unwrap();
     scene.bringer.kill();
     assert!(!scene.peer.is_alive());
     scene.is_refused(RegionState::Closing);
@@ -236,10 +237,15 @@ fn a_process_that_is_killed_in_the_middle_takes_nothing_with_it(mut scene: Scene
     assert!(matches!(error, RegionError::PeerGone), "{error}");
     assert!(scene.region.gone().now_or_never().is_none(), "an operation is outstanding");
     scene.bench.faults.hang(false);
-    let block = wait(transfer).unwrap().pop().unwrap();
-    assert_eq!(scene.bench.read(&block), scene.gathered_from(&image(5)));
+    // Their turn comes after its end: they are not issued.
+    let gone = DeviceError::Gone("the process that brought the region has ended".to_owned());
+    let error = wait(transfer).unwrap_err();
+    assert_eq!((&error.cause, error.targets.len()), (&gone, 1));
+    assert_eq!(error.targets[0].written(), 0);
+    assert_eq!(wait(scatter).unwrap_err().cause, gone);
+    drop(error);
     scene.ends();
-    assert_eq!(scene.bench.device.state(), DeviceState::Up);
+    assert_eq!((scene.bench.device.state(), scene.bench.used()), (DeviceState::Up, 0));
 }
 
 fn a_process_that_is_killed_is_noticed_by_itself(mut scene: Scene) {
@@ -323,6 +329,52 @@ fn what_lies_outside_is_refused_before_anything_is_issued(mut scene: Scene) {
     );
 }
 
+fn planes_that_are_written_twice_are_refused_before_anything_is_issued(mut scene: Scene) {
+    let sum = scene.bringer.does("fill 1");
+    let used = (TOKENS * SHAPE.token_bytes) as u64;
+    let with = |scene: &Scene, offset: u64, tokens: usize| {
+        let mut job = scene.scatter_job();
+        job.source = scene.bench.sealed(&image(9)[..SHAPE.packed_bytes(tokens)]);
+        (job.tokens, job.targets[0].offset) = (tokens, offset);
+        job
+    };
+    let scatter = |scene: &Scene, jobs| scene.bench.device.scatter_into(Direction::In, jobs);
+    for (second, tokens) in [(1001, TOKENS), (1001 + used - 1, 1), (1001 - used + 1, TOKENS), (1001, 1)] {
+        let error = scatter(
+            &scene,
+            vec![with(&scene, 1001, TOKENS), with(&scene, 9001, 1), with(&scene, second, tokens)],
+        )
+        .unwrap_err();
+        let offset = second.max(1001);
+        assert_eq!(error.cause, RegionFault::Twice { offset });
+        assert!(error.to_string().contains(&format!("the bytes from {offset} of a region on")), "{error}");
+    }
+    // Two strips of one job.
+    let mut job = scene.scatter_job();
+    job.targets = vec![scene.planes(1001, 2), scene.planes(1001 + 327, 2)];
+    assert_eq!(scatter(&scene, vec![job]).unwrap_err().cause, RegionFault::Twice { offset: 1001 + 327 });
+    let mut job = scene.scatter_job();
+    let shape = PlaneShape { planes: 190_000, tokens_per_block: 1, token_bytes: 1 };
+    job.targets[0] = RegionPlanes { pitch: 1, planes: shape.planes, offset: 0, region: scene.region.clone() };
+    (job.shape, job.tokens, job.source) = (shape, 1, scene.bench.sealed(&image(2)[..shape.planes]));
+    let again = || RegionScatterJob {
+        source: job.source.clone(),
+        owner: job.owner.clone(),
+        targets: job.targets.clone(),
+        ..job
+    };
+    let planes = 6 * shape.planes;
+    assert_eq!(
+        scatter(&scene, (0..6).map(|_| again()).collect()).unwrap_err().cause,
+        RegionFault::Planes(planes)
+    );
+    assert_eq!(scene.bringer.does("read"), sum, "something was written");
+
+    // Where a plane's tokens end another may begin, and nothing is written by planes without tokens.
+    let jobs = vec![with(&scene, 1001, TOKENS), with(&scene, 1001 + used, 3), with(&scene, 1001, 0)];
+    assert!(wait(scatter(&scene, jobs).unwrap()).is_ok());
+}
+
 //= GUARANTEES.md#G5
 fn a_bit_flipped_on_the_way_is_refused(scene: Scene) {
     scene.bench.faults.flip_after(0);
@@ -362,6 +414,7 @@ fn a_process_that_writes_meanwhile_makes_no_block_that_is_not_what_it_says(mut s
 
 on_each_way! {
     gathers_and_scatters_do_what_the_cpu_functions_do,
+    planes_that_are_written_twice_are_refused_before_anything_is_issued,
     a_closed_region_is_quarantined_until_its_process_gives_it_up,
     operations_hold_a_region_that_was_closed,
     a_process_that_is_killed_in_the_middle_takes_nothing_with_it,

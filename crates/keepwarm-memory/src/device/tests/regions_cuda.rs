@@ -9,11 +9,11 @@ use keepwarm_types::Bytes;
 use softcuda::preload::preload;
 
 use super::driver::{DEVICE, bench_with, calls, counted, loaded, order};
-use super::peer::{Bringer, REGION, acts};
+use super::peer::{Bringer, REGION, acts, image};
 use super::regions::{Way, nothing, scene};
 use super::streams::{until, wait};
 use super::{Kind, bench};
-use crate::device::{DeviceState, Direction, Job};
+use crate::device::{DeviceError, DeviceState, Direction, Job};
 use crate::foreign::{Brought, Peer, RegionError, RegionState};
 
 /// The UUID of the tests' GPU, without a prefix.
@@ -164,6 +164,33 @@ fn a_device_that_hangs_keeps_the_regions_that_it_may_still_touch() {
     until("the mappings' end", || {
         [&scene.region, &second].iter().all(|region| region.state() == RegionState::Gone)
     });
+}
+
+#[test]
+fn work_of_a_process_that_ended_is_issued_no_more_and_what_was_issued_runs() {
+    if acts() {
+        return;
+    }
+    let mut scene = scene(Way::CudaHandle, bench(Kind::Cuda));
+    scene.bringer.does("fill 5");
+    let issued = calls("cuEventRecord");
+    if !order("hang") {
+        return;
+    }
+    let before = scene.gather().unwrap();
+    until("its issue", || calls("cuEventRecord") > issued);
+    scene.bench.faults.hang(true);
+    let behind = scene.gather().unwrap();
+    scene.bringer.kill();
+    let launched = calls("cuLaunchKernel");
+    scene.bench.faults.hang(false);
+    until("its turn", || calls("cuEventRecord") > issued + 1);
+    assert_eq!(calls("cuLaunchKernel"), launched, "it was issued");
+    assert!(order("resume"));
+    let block = wait(before).unwrap().pop().unwrap();
+    assert_eq!(scene.bench.read(&block), scene.gathered_from(&image(5)));
+    assert!(matches!(wait(behind).unwrap_err().cause, DeviceError::Gone(_)));
+    scene.ends();
 }
 
 #[test]

@@ -20,9 +20,9 @@ use crate::device::{
 use crate::fault::flip_bit;
 use crate::guard::{Block, BlockMut};
 
-const SHAPE: PlaneShape = PlaneShape { planes: 3, tokens_per_block: 8, token_bytes: 40 };
-const TOKENS: usize = 5;
-const KINDS: usize = 4;
+pub(super) const SHAPE: PlaneShape = PlaneShape { planes: 3, tokens_per_block: 8, token_bytes: 40 };
+pub(super) const TOKENS: usize = 5;
+pub(super) const KINDS: usize = 4;
 
 pub(super) fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -56,7 +56,7 @@ fn poll(event: &mut Event, flag: &Arc<Flag>) -> Poll<Result<(), DeviceError>> {
 }
 
 /// Gives whether a submission succeeded.
-type Ending = Box<dyn FnOnce() -> bool>;
+pub(super) type Ending = Box<dyn FnOnce() -> bool>;
 
 impl Bench {
     pub(super) fn room(&self, arena: &Arena, bytes: usize) -> BlockMut {
@@ -85,7 +85,7 @@ impl Bench {
     }
 
     /// Submits one job of the kind to the stream into the device.
-    fn start(&self, work: usize) -> Result<Ending, TransferError> {
+    pub(super) fn start(&self, work: usize) -> Result<Ending, TransferError> {
         let device = &self.device;
         let sealed = match work {
             0 => device.fill(Direction::In, vec![self.target(100)], 7),
@@ -107,7 +107,7 @@ impl Bench {
     }
 }
 
-fn pattern(length: usize) -> Vec<u8> {
+pub(super) fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|n| (n % 251) as u8).collect()
 }
 
