@@ -92,6 +92,7 @@ pub(crate) fn run(root: &Path, options: &TestOptions) -> Result<bool> {
     });
     if !options.quick {
         steps.step("dependencies", || dependencies(root));
+        steps.step("build", || build(root));
         steps.step("weights", || weights(root));
         steps.step("tests", || tests(root, options.filter.as_deref()));
         steps.step("kernels", || kernels(root));
@@ -138,12 +139,27 @@ fn dependencies(root: &Path) -> Outcome {
     }
 }
 
+/// All tests, and with them the binary, of the whole workspace: any other choice of packages has other features of what
+/// they depend on, and builds that once more.
+fn build(root: &Path) -> Outcome {
+    if has("cargo", &["nextest", "--version"]) {
+        return command(root, "cargo", &["nextest", "run", "--release", "--workspace", "--no-run"]);
+    }
+    command(root, "cargo", &["test", "--release", "--workspace", "--lib", "--bins", "--tests", "--no-run"])
+}
+
+/// The binary that was built with the tests: it lies beside this program.
+fn binary() -> Result<String> {
+    let program = std::env::current_exe().context("this program's own path")?;
+    Ok(program.with_file_name("keepwarm").display().to_string())
+}
+
 fn weights(root: &Path) -> Outcome {
-    match command(
-        root,
-        "cargo",
-        &["run", "--quiet", "--release", "--package", "keepwarm", "--", "model", "fetch"],
-    ) {
+    let binary = match binary() {
+        Ok(binary) => binary,
+        Err(error) => return Outcome::Failed(format!("{error:#}")),
+    };
+    match command(root, &binary, &["model", "fetch"]) {
         Outcome::Failed(reason) => Outcome::Skipped(format!(
             "no model weights ({reason}): tests that need them say SKIPPED and use a tiny model"
         )),
@@ -175,12 +191,12 @@ fn python_client(root: &Path) -> Outcome {
             return Outcome::Skipped(format!("{PACKAGE} could not be installed: {reason}"));
         }
     }
-    match command(root, "cargo", &["build", "--release", "--quiet", "--package", "keepwarm"]) {
-        Outcome::Passed => {}
-        other => return other,
-    }
+    let binary = match binary() {
+        Ok(binary) => binary,
+        Err(error) => return Outcome::Failed(format!("{error:#}")),
+    };
     let mut python = Command::new("python3");
-    python.args(["tests/python/openai_client.py", "target/release/keepwarm"]);
+    python.args(["tests/python/openai_client.py", &binary]);
     match python.env("PYTHONPATH", &folder).current_dir(root).status() {
         Ok(status) if status.success() => Outcome::Passed,
         Ok(status) => Outcome::Failed(format!("the client's checks ended with {status}")),
