@@ -100,12 +100,6 @@ impl Follower {
         sent < self.copies.get(key).map_or(self.dropped, |copy| copy.heard)
     }
 
-    /// Whether a session's bytes may not be dropped yet, as far as is known here.
-    pub(super) fn protected(&self, now: Timestamp, key: &SessionKey) -> bool {
-        matches!(self.copies.get(key).map(|copy| &copy.head),
-            Some(Head::Live(manifest)) if manifest.protect.until(manifest.last_used_at) > now)
-    }
-
     /// Another primary counts its messages anew.
     pub(super) fn listen_anew(&mut self) {
         self.dropped = 0;

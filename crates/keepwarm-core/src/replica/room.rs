@@ -79,14 +79,7 @@ impl Replica {
         let me = self.settings.member.clone();
         match (&self.part, self.set.replicas.first().cloned()) {
             (Part::Primary(_), _) => self.make_room(now, &key, birth, &me, out),
-            (Part::Follower(follower), Some(primary)) => {
-                // What is protected may find no room elsewhere: whoever waits here does not count on it.
-                let protected = follower.protected(now, &key);
-                self.say(&primary, Message::Evict { key: key.clone(), birth }, out);
-                if protected {
-                    out.push(ReplicaCommand::Stays(key));
-                }
-            }
+            (Part::Follower(_), Some(primary)) => self.say(&primary, Message::Evict { key, birth }, out),
             (Part::Follower(_), None) => out.push(ReplicaCommand::Stays(key)),
         }
     }

@@ -30,6 +30,8 @@ const RETRY_DEFAULT: Millis = Millis(1000);
 const RETRY_MAX: Millis = Millis::from_secs(60);
 /// A proposal that was neither carried out nor refused is made again after this.
 const EVICTION_TIMEOUT: Millis = Millis::from_secs(10);
+/// The same for a protected session: a copy holder's proposal is carried out, or not answered at all.
+const MOVE_TIMEOUT: Millis = Millis::from_secs(2);
 /// A session that may not leave is not proposed again for this long, unless what it is to the tier has changed.
 const REST: Millis = Millis(1000);
 /// Protected sessions that are proposed to move at once: their copies take a while.
@@ -300,7 +302,11 @@ impl Residency {
             }
             ResidencyEvent::Used(used) => self.used = used,
             ResidencyEvent::Tick => {
-                self.leaving.retain(|_, leaving| now.since(leaving.since) < EVICTION_TIMEOUT);
+                let moving = &self.moving;
+                self.leaving.retain(|key, leaving| {
+                    let timeout = if moving.contains(key) { MOVE_TIMEOUT } else { EVICTION_TIMEOUT };
+                    now.since(leaving.since) < timeout
+                });
                 self.moving.retain(|key| self.leaving.contains_key(key));
                 self.resting.retain(|_, until| *until > now);
             }

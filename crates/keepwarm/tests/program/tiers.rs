@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use keepwarm_client::{
-    Client, Form, Layout, NewSession, PartBody, PartLayout, Placement, Protect, Session, State, WriteOptions,
-    Written,
+    Client, ClientError, Form, Layout, NewSession, PartBody, PartLayout, Placement, Protect, Session, State,
+    WriteOptions,
 };
 use keepwarm_tests::chaos::cluster::Cluster;
-use keepwarm_types::{Durability, Outcome, Source, Tier};
+use keepwarm_types::{Outcome, Source, Tier};
 use uuid::Uuid;
 
 /// Bytes of each session. Each node of the cluster has 64 MiB of pinned memory.
@@ -38,7 +38,18 @@ fn new(id: Uuid) -> NewSession {
 
 /// Ids whose shards one node owns.
 async fn owned(client: &Client) -> Vec<Uuid> {
-    let map = client.shards().await.expect("any node knows the map");
+    let deadline = Instant::now() + MOVED_WITHIN;
+    let map = loop {
+        let map = client.shards().await.expect("any node knows the map");
+        // The first sets come a moment after the nodes are ready.
+        if !map.shards.is_empty() && map.shards.iter().all(|shard| shard.replicas.len() == 3) {
+            break map;
+        }
+        assert!(Instant::now() < deadline, "not every shard has its three replicas");
+        tokio::time::sleep(LOOK).await;
+    };
+    let owns = map.shards.iter().any(|shard| shard.replicas[0] == OWNER);
+    assert!(owns, "{OWNER} owns nothing");
     let ids = std::iter::repeat_with(Uuid::now_v7).filter(|id| map.owner(*id) == Some(OWNER));
     ids.take(SESSIONS).collect()
 }
@@ -59,24 +70,40 @@ async fn protected_sessions_beyond_their_owners_memory_move_to_peers_and_come_ba
         client.create(&new(*id)).await.expect("a session");
         let body = PartBody::from(bytes(*id));
         let written = client.put_part(*id, PART, body, &WriteOptions::default()).await;
-        let written = written.expect("there is room in the cluster, though not at its owner");
-        let full = matches!(written, Written::Committed { durability: Durability::Full, .. });
-        assert!(full, "two copies: {written:?}");
+        written.expect("there is room in the cluster, though not at its owner");
     }
     let mut away = Vec::new();
+    let deadline = Instant::now() + MOVED_WITHIN;
     for id in &ids {
-        let session = client.session(*id).await.expect("it is there");
-        assert_eq!((session.state, session.holders.len()), (State::Warm, 2), "{session:?}");
-        assert_eq!(session.owner, OWNER);
+        // A second copy that found no room in time is made afterwards.
+        let session = loop {
+            let session = client.session(*id).await.expect("it is there");
+            assert_eq!((session.state, session.owner.as_str()), (State::Warm, OWNER), "{session:?}");
+            if session.holders.len() == 2 {
+                break session;
+            }
+            assert!(Instant::now() < deadline, "two copies: {session:?}");
+            tokio::time::sleep(LOOK).await;
+        };
         if !held_by_owner(&session) {
             assert_eq!((session.tiers.pinned, session.tiers.peer), (0, SESSION_BYTES as u64));
             away.push(*id);
         }
     }
     assert!(away.len() >= 3, "the owner has room for 15: {} of {} are with peers", away.len(), ids.len());
-    // Whoever is read comes back, and others make room for it, over and over.
+    // Whoever is read comes back, and others make room for it, over and over; where there is none yet, the owner says so.
     for id in ids.iter().chain(&ids) {
-        let read = client.part(*id, PART).await.expect("warm").bytes().await.expect("whole");
+        let deadline = Instant::now() + MOVED_WITHIN;
+        let read = loop {
+            match client.part(*id, PART).await {
+                Ok(part) => break part.bytes().await.expect("whole"),
+                Err(ClientError::Refused(problem)) if problem.status == 503 => {
+                    assert!(Instant::now() < deadline, "no room comes: {problem:?}");
+                }
+                Err(error) => panic!("{id}: {error}"),
+            }
+            tokio::time::sleep(LOOK).await;
+        };
         assert!(read == bytes(*id), "{id} has other bytes");
     }
 }
@@ -141,9 +168,17 @@ async fn sessions_of_a_node_whose_gpu_fails_run_on_another_node() {
     client.create(&new(id)).await.expect("a session");
     let body = PartBody::from(bytes(id));
     client.put_part(id, PART, body, &WriteOptions::default()).await.expect("written");
-    let failed = client.activate(id, &Placement::default(), None).await;
-    assert!(failed.is_err(), "its GPU copies nothing: {failed:?}");
     let deadline = Instant::now() + MOVED_WITHIN;
+    // The owner's GPU copies nothing: who asks is refused there until another node owns the session.
+    let there = loop {
+        match client.activate(id, &Placement::default(), None).await {
+            Ok(there) => break there,
+            Err(error) => assert!(Instant::now() < deadline, "no node runs it: {error}"),
+        }
+        tokio::time::sleep(LOOK).await;
+    };
+    assert_ne!(there.home.node, OWNER);
+    client.release(id, there.lease.id).await.expect("released");
     let leads = async || {
         let map = client.shards().await.expect("any node knows the map");
         map.shards.iter().filter(|shard| shard.replicas.first().is_some_and(|node| node == OWNER)).count()
@@ -152,9 +187,6 @@ async fn sessions_of_a_node_whose_gpu_fails_run_on_another_node() {
         assert!(Instant::now() < deadline, "a node that can run nothing still owns shards");
         tokio::time::sleep(LOOK).await;
     }
-    let there = client.activate(id, &Placement::default(), None).await.expect("another node runs it");
-    assert_ne!(there.home.node, OWNER);
-    client.release(id, there.lease.id).await.expect("released");
     let read = client.part(id, PART).await.expect("warm").bytes().await.expect("whole");
     assert!(read == bytes(id), "{id} has other bytes");
     let session = client.create(&new(Uuid::now_v7())).await.expect("any node takes it");
