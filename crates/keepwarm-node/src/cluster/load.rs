@@ -2,6 +2,7 @@
 //! pressed, two of them at a time: the better of two random choices is nearly as good as the best of all (Mitzenmacher,
 //! "The Power of Two Choices in Randomized Load Balancing", 2001), and costs one round trip whatever the cluster's size.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -60,22 +61,18 @@ impl Cluster {
 
     /// Some other nodes that own shards and are not being emptied, at random.
     fn some_others(&self) -> Vec<NodeName> {
-        let map = self.map();
+        let map = self.told.borrow().clone();
         let me = &self.member().node;
-        let up = map.nodes().iter().filter(|node| node.status == NodeStatus::Up);
-        let names = up.map(|node| &node.registration.node).filter(|name| *name != me);
-        let mut others: Vec<_> = names.filter(|name| self.leads(name)).cloned().collect();
+        let owners: BTreeSet<_> =
+            map.shards().filter_map(|shard| map.primary(shard)).map(|primary| primary.node).collect();
+        let up = |name: &NodeName| map.node(name).is_some_and(|node| node.status == NodeStatus::Up);
+        let mut others: Vec<_> = owners.into_iter().filter(|name| name != me && up(name)).collect();
         let mut some = Vec::new();
         while some.len() < ASKED && !others.is_empty() {
             let at = Uuid::new_v4().as_u128() % others.len() as u128;
             some.push(others.swap_remove(at as usize));
         }
         some
-    }
-
-    fn leads(&self, node: &NodeName) -> bool {
-        let map = self.told.borrow().clone();
-        map.shards().any(|shard| map.primary(shard).is_some_and(|primary| primary.node == *node))
     }
 
     /// How a node is; none where it does not say so in time, or cannot.

@@ -258,18 +258,17 @@ fn who_can_run_nothing_leads_nothing_and_who_can_take_nothing_learns_nothing() {
     assert!(learners(&Conditions::default()).contains(&name(2)), "it would be a learner");
     let without = Conditions { not_learning: [name(2)].into(), ..Conditions::default() };
     assert!(!learners(&without).contains(&name(2)));
-    let learning = Entry::Change {
-        shard: ShardId(0),
-        generation: short.set(ShardId(0)).unwrap().generation,
-        change: Change::AddLearner(name(2)),
-    };
-    if short.apply(&learning).response == Response::Done {
-        let entries = plan_under(&short, 4, 64, &without);
-        let dropped = entries.iter().any(|entry| {
-            matches!(entry, Entry::Change { shard: ShardId(0), change: Change::DropLearner, .. })
-        });
-        assert!(dropped, "{entries:?}");
-    }
+    let begins = plan_under(&short, 4, 64, &Conditions::default()).into_iter().find(
+        |entry| matches!(entry, Entry::Change { change: Change::AddLearner(to), .. } if *to == name(2)),
+    );
+    let begins = begins.expect("it would be a learner");
+    assert_eq!(short.apply(&begins).response, Response::Done);
+    let Entry::Change { shard: copied, .. } = begins else { panic!("a change: {begins:?}") };
+    let entries = plan_under(&short, 4, 64, &without);
+    let dropped = entries.iter().any(
+        |entry| matches!(entry, Entry::Change { shard, change: Change::DropLearner, .. } if *shard == copied),
+    );
+    assert!(dropped, "{entries:?}");
 }
 
 #[test]
