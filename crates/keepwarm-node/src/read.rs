@@ -11,8 +11,7 @@ use keepwarm_types::{Bytes, Owner};
 use twox_hash::XxHash3_128;
 
 use crate::error::Error;
-use crate::handle::Selection;
-use crate::metrics::Metrics;
+use crate::handle::{Handle, Selection};
 
 /// Pieces at least this long are handed on as they lie; shorter ones are gathered into buffers.
 const ZERO_COPY_MIN: usize = 16 << 10;
@@ -26,18 +25,13 @@ pub struct PartReader {
     index: usize,
     blocks: Vec<Block>,
     owner: Owner,
-    metrics: Arc<Metrics>,
+    handle: Handle,
 }
 
 impl PartReader {
-    pub(crate) fn new(
-        manifest: Arc<Manifest>,
-        index: usize,
-        blocks: Vec<Block>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub(crate) fn new(manifest: Arc<Manifest>, index: usize, blocks: Vec<Block>, handle: Handle) -> Self {
         let owner = Owner { tenant: manifest.key.tenant.clone(), birth: manifest.birth };
-        Self { manifest, index, blocks, owner, metrics }
+        Self { manifest, index, blocks, owner, handle }
     }
 
     /// The entity tag of what is read.
@@ -130,7 +124,8 @@ impl PartReader {
             verified: None,
             length,
             total,
-            metrics: self.metrics,
+            manifest: self.manifest,
+            handle: self.handle,
         })
     }
 
@@ -206,7 +201,8 @@ pub struct Chunks {
     verified: Option<usize>,
     length: u64,
     total: u64,
-    metrics: Arc<Metrics>,
+    manifest: Arc<Manifest>,
+    handle: Handle,
 }
 
 impl Chunks {
@@ -239,7 +235,7 @@ impl Chunks {
             return Ok(());
         }
         self.blocks[index].verify().map_err(|corrupt| {
-            self.metrics.checksum_failed("read");
+            self.handle.damaged_while_read(&self.manifest, &self.blocks[index]);
             Error::Corrupt { at: "read", detail: corrupt.to_string() }
         })?;
         self.verified = Some(index);

@@ -127,6 +127,10 @@ impl Shared {
                 Finding::Overdue { node, incarnation } => {
                     self.declare(Entry::GiveUp { node, incarnation, at: wall() }, tasks);
                 }
+                Finding::Slow { member, observers } => {
+                    let node = &member.node;
+                    tracing::warn!(%node, ?observers, "a node takes changes much more slowly than others do: it is replaced where another one can be");
+                }
                 Finding::Isolated { accuser, accused } => {
                     tracing::warn!(%accuser, %accused, "one node alone does not hear another");
                 }

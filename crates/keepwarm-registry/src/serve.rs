@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use keepwarm_core::registry::{Delta, Fitness, HealthReport};
-use keepwarm_types::NodeName;
+use keepwarm_core::registry::{Delta, Fitness, HealthReport, Member};
+use keepwarm_types::{Incarnation, NodeName};
 use openraft::Snapshot;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteRequest};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use crate::codec::BadBytes;
 use crate::codec::domain::RawDelta;
+use crate::codec::{BadBytes, name};
 use crate::propose::{ENTRY_BYTES_MAX, Tried};
 use crate::raft_types::Raft;
 use crate::shared::Shared;
@@ -84,8 +84,12 @@ impl Shared {
                 other => failed(other),
             },
             Request::Report(report) => self.reported(from, report.try_into()?),
-            Request::Standing { report, leads, learns } => {
-                let report = HealthReport { fitness: Fitness { leads, learns }, ..report.try_into()? };
+            Request::Standing { report, leads, learns, slow } => {
+                let member = |(node, incarnation): (String, u64)| {
+                    Ok::<_, BadBytes>(Member { node: name(&node)?, incarnation: Incarnation(incarnation) })
+                };
+                let slow = slow.into_iter().map(member).collect::<Result<_, _>>()?;
+                let report = HealthReport { fitness: Fitness { leads, learns }, slow, ..report.try_into()? };
                 self.reported(from, report)
             }
             Request::Follow { since, wait_ms } => {
@@ -100,7 +104,7 @@ impl Shared {
                 },
             },
             Request::Join { node, disk } => {
-                let node = crate::codec::name(&node)?;
+                let node = name(&node)?;
                 if node != *from {
                     return Ok(Answer::Refused(format!("{from} joins as {node}")));
                 }

@@ -62,11 +62,12 @@ pub(crate) enum Request {
         node: String,
         disk: u128,
     },
-    /// The same as a report, with what the reporter can do. From version 2 on.
+    /// The same as a report, with what the reporter can do, and who is slow. From version 2 on.
     Standing {
         report: RawReport,
         leads: bool,
         learns: bool,
+        slow: Vec<(String, u64)>,
     },
 }
 
@@ -78,7 +79,8 @@ impl Request {
         if version.number() < 2 {
             return Self::Report(raw);
         }
-        Self::Standing { report: raw, leads: report.fitness.leads, learns: report.fitness.learns }
+        let slow = report.slow.iter().map(|member| (member.node.to_string(), member.incarnation.0)).collect();
+        Self::Standing { report: raw, leads: report.fitness.leads, learns: report.fitness.learns, slow }
     }
 }
 

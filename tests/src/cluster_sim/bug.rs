@@ -33,11 +33,13 @@ pub enum Bug {
     NoAfterPrepare,
     /// An answer is confirmed with the first secondary only.
     ConfirmedByOne,
+    /// A copy that is found damaged makes the session cold, though others have whole ones.
+    DamageTakenForLoss,
 }
 
 impl Bug {
     /// Every one.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::GenerationNotChecked,
         Self::AcknowledgedBeforeTheLast,
         Self::NotReconciled,
@@ -52,6 +54,7 @@ impl Bug {
         Self::DeleteForgotten,
         Self::NoAfterPrepare,
         Self::ConfirmedByOne,
+        Self::DamageTakenForLoss,
     ];
 
     /// Within so many seeds it is found.
@@ -60,7 +63,8 @@ impl Bug {
         match self {
             // Several things must go wrong at once.
             Self::NotReconciled => 200,
-            Self::ConfirmedByOne => 100,
+            // Damage is rare, and the owner's copy must not be the only one.
+            Self::ConfirmedByOne | Self::DamageTakenForLoss => 100,
             Self::GenerationNotChecked => 50,
             // One seed in ten shows it: in 50 it is missed once in two hundred times that the histories change.
             Self::DuplicateByRevision | Self::NoAfterPrepare => 50,

@@ -34,6 +34,8 @@ pub struct Promises {
     pub told: BTreeMap<SessionKey, Told>,
     /// Processes that have ended, or were taken out of a set.
     pub gone: BTreeSet<Member>,
+    /// Whose copy of a life's bytes was found damaged.
+    pub damaged: BTreeSet<(SessionKey, Birth, Member)>,
     /// Who answered for a shard in each generation.
     pub primaries: BTreeMap<(ShardId, Generation), Member>,
     /// By state, every placement of its bytes that was on its way to a disk.

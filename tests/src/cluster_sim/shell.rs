@@ -7,7 +7,7 @@ use keepwarm_core::registry::Entry;
 use keepwarm_core::replica::{Content, Envelope, Message, Replica, ReplicaCommand, ReplicaEvent};
 use keepwarm_core::session::{Manifest, TranscriptDelta};
 use keepwarm_core::shard::{Answer, Command, Record, Refusal, Request, RequestId, Verb};
-use keepwarm_types::{InstanceId, SessionKey, ShardId, Timestamp, Tokens};
+use keepwarm_types::{ColdReason, InstanceId, SessionKey, ShardId, Timestamp, Tokens};
 
 use super::bug::Bug;
 use super::invariants;
@@ -26,10 +26,23 @@ impl World {
         process.next += 1;
         let id = RequestId(process.next);
         process.asked.insert(id, Asked { call, key: key.clone(), brought });
-        if let Verb::GoCold { .. } = &verb {
-            let now = self.now;
-            self.promises.evicting(&key, now);
-        }
+        let verb = match verb {
+            Verb::GoCold { .. } => {
+                let now = self.now;
+                self.promises.evicting(&key, now);
+                verb
+            }
+            Verb::Condemn { birth, .. } => {
+                let member = process.member.clone();
+                self.promises.damaged.extend(member.map(|member| (key.clone(), birth, member)));
+                if self.bug(Bug::DamageTakenForLoss) {
+                    Verb::GoCold { birth, reason: ColdReason::Corrupt, force: true }
+                } else {
+                    verb
+                }
+            }
+            other => other,
+        };
         self.on(at, shard, ReplicaEvent::Request(Request { id, key, verb }));
     }
 
@@ -151,8 +164,8 @@ impl World {
                 let transfer = Transfer { id, shard, key, blocks, source, target, fetched, spare, pinned };
                 self.transfer(at, transfer);
             }
-            // There is no residency here: whoever proposes does so at random.
-            ReplicaCommand::Stays(_) => {}
+            // There is no residency here: whoever proposes does so at random. Nobody is replaced for being slow.
+            ReplicaCommand::Stays(_) | ReplicaCommand::Took(..) => {}
             ReplicaCommand::Propose(change) => {
                 let Some(generation) = self.replica(at, shard).map(|replica| replica.set().generation) else {
                     return;

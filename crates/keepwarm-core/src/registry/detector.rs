@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
 
 use super::entry::Entry;
-use super::state::{NodeStatus, Registry};
+use super::state::{Member, NodeStatus, Registry};
 
 /// Who has not been heard, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +46,8 @@ pub struct HealthReport {
     pub from_incarnation: Incarnation,
     /// Peers unheard for longer than [`DetectorSettings::suspect_after`].
     pub unheard: Vec<Unheard>,
+    /// Peers that take the reporter's changes much more slowly than its other peers do, and for long.
+    pub slow: Vec<Member>,
     /// What the reporter can do.
     pub fitness: Fitness,
 }
@@ -60,6 +62,9 @@ pub struct Conditions {
     pub not_leading: BTreeSet<NodeName>,
     /// Who can take no more copies is no learner.
     pub not_learning: BTreeSet<NodeName>,
+    /// Who is much slower than others, by the word of as many as it takes to declare a failure. It is replaced where
+    /// another node can take its place, once that has everything.
+    pub slow: BTreeSet<NodeName>,
 }
 
 /// When silence counts.
@@ -111,6 +116,13 @@ pub enum Finding {
         /// Whom it does not hear.
         accused: NodeName,
     },
+    /// A process is much slower than others, say several. Said once; [`Detector::conditions`] has it for as long as it stands.
+    Slow {
+        /// Which one.
+        member: Member,
+        /// Who says so.
+        observers: Vec<NodeName>,
+    },
     /// A node with last copies is down for longer than [`DetectorSettings::give_up_after`]: give it up.
     Overdue {
         /// Which node.
@@ -132,6 +144,7 @@ pub struct Detector {
     proposed: BTreeSet<Process>,
     returned: BTreeSet<Process>,
     isolated: BTreeSet<(Process, Process)>,
+    slow: BTreeSet<Member>,
     /// Since when this leader knows that they are down.
     down: BTreeMap<Process, Timestamp>,
 }
@@ -148,6 +161,7 @@ impl Detector {
             proposed: BTreeSet::new(),
             returned: BTreeSet::new(),
             isolated: BTreeSet::new(),
+            slow: BTreeSet::new(),
             down: BTreeMap::new(),
         }
     }
@@ -170,6 +184,7 @@ impl Detector {
             apart: self.isolated.iter().map(pair).collect(),
             not_leading: who(|fitness| !fitness.leads),
             not_learning: who(|fitness| !fitness.learns),
+            slow: self.slow.iter().map(|member| member.node.clone()).collect(),
         }
     }
 
@@ -204,6 +219,7 @@ impl Detector {
             .collect();
         self.forget(&live, registry);
         let mut findings = self.overdue(now, registry);
+        findings.extend(self.dawdling(&live, registry));
         let (fresh, of_down): (Vec<_>, Vec<_>) = self
             .reports
             .values()
@@ -269,6 +285,24 @@ impl Detector {
             }
         }
         findings
+    }
+
+    /// Who is slow by the word of enough others, as far as that is new.
+    fn dawdling(&mut self, live: &BTreeMap<&NodeName, Incarnation>, registry: &Registry) -> Vec<Finding> {
+        let mut named: BTreeMap<&Member, Vec<NodeName>> = BTreeMap::new();
+        for (_, report) in self.reports.values() {
+            let speaks = live.get(&report.from) == Some(&report.from_incarnation);
+            for member in report.slow.iter().filter(|member| speaks && member.node != report.from) {
+                if live.get(&member.node) == Some(&member.incarnation) {
+                    named.entry(member).or_default().push(report.from.clone());
+                }
+            }
+        }
+        named.retain(|_, observers| observers.len() >= registry.observers_needed());
+        let before =
+            std::mem::replace(&mut self.slow, named.keys().map(|member| (*member).clone()).collect());
+        let new = named.into_iter().filter(|(member, _)| !before.contains(member));
+        new.map(|(member, observers)| Finding::Slow { member: member.clone(), observers }).collect()
     }
 
     /// Nodes with last copies that are down for too long, each once.

@@ -14,12 +14,14 @@
 //! - `delta`: what has changed since a version, for followers and snapshots.
 //! - `detector`: whose process has failed, from what several report.
 //! - `copyset`: which groups of nodes may hold a shard (Cidon et al., USENIX ATC 2013), across zones.
+//! - `pace`: who takes changes much more slowly than the others.
 //! - `plan`: what the leader proposes next: first sets, learners, promotions of balance, drains.
 
 mod copyset;
 mod delta;
 mod detector;
 mod entry;
+mod pace;
 mod plan;
 mod sets;
 mod state;
@@ -30,6 +32,7 @@ pub use detector::{
     Conditions, Detector, DetectorEvent, DetectorSettings, Finding, Fitness, HealthReport, Unheard,
 };
 pub use entry::{Applied, Change, Entry, Refused, Registration, Response};
+pub use pace::Pace;
 pub use plan::{ASSIGN_MAX, LEARNERS_MAX, plan, plan_under};
 pub use sets::REPLICAS_MAX;
 pub use state::{Member, NodeState, NodeStatus, Registry, RegistrySettings, ReplicaSet};

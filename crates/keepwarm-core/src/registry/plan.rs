@@ -34,6 +34,7 @@ struct Storing<'a> {
     draining: bool,
     leads: bool,
     learns: bool,
+    slow: bool,
     replicas: usize,
     primaries: usize,
     learning: usize,
@@ -134,10 +135,15 @@ fn storing<'r>(registry: &'r Registry, conditions: &Conditions) -> HashMap<Place
         .map(|(place, node)| {
             let draining = node.status == NodeStatus::Draining;
             let (name, zone) = (&node.registration.node, node.registration.zone.as_str());
-            let leads = !conditions.not_leading.contains(name);
-            let learns = !conditions.not_learning.contains(name);
+            let slow = conditions.slow.contains(name);
+            // Whoever waits for its copies would wait for its own, too.
+            let leads = !slow && !conditions.not_leading.contains(name);
+            let learns = !slow && !conditions.not_learning.contains(name);
             let (replicas, primaries, learning) = (0, 0, 0);
-            (place, Storing { place, name, zone, draining, leads, learns, replicas, primaries, learning })
+            (
+                place,
+                Storing { place, name, zone, draining, leads, learns, slow, replicas, primaries, learning },
+            )
         })
         .collect();
     for (_, set) in registry.sets.iter() {
@@ -155,7 +161,7 @@ fn storing<'r>(registry: &'r Registry, conditions: &Conditions) -> HashMap<Place
     nodes
 }
 
-/// Every group takes as many shards as every other, and every member of a group is first for as many.
+/// Every group takes as many shards as every other, and every member of a group that can lead is first for as many.
 fn first_sets(nodes: &HashMap<Place, Storing<'_>>, shards: &[ShardId], size: usize) -> Vec<Entry> {
     let able: Vec<_> =
         nodes.values().filter(|node| !node.draining).map(|node| (node.place, node.zone)).collect();
@@ -166,8 +172,10 @@ fn first_sets(nodes: &HashMap<Place, Storing<'_>>, shards: &[ShardId], size: usi
         .map(|(n, shard)| {
             let group = &groups[n % groups.len()];
             let first = n / groups.len();
-            let turned = (0..group.len()).map(|at| nodes[&group[(first + at) % group.len()]].name.clone());
-            (*shard, turned.collect::<Vec<_>>())
+            let mut turned: Vec<_> =
+                (0..group.len()).map(|at| &nodes[&group[(first + at) % group.len()]]).collect();
+            turned.sort_by_key(|node| !node.leads);
+            (*shard, turned.into_iter().map(|node| node.name.clone()).collect::<Vec<_>>())
         })
         .collect();
     sets.chunks(ASSIGN_MAX).map(|sets| Entry::Assign(sets.to_vec())).collect()
@@ -195,7 +203,10 @@ fn next(
     }
     let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
     let staying = set.members().filter(stays).count();
-    if staying < size {
+    let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.slow);
+    // In first, then out: a slow copy is better than none.
+    let dawdles = set.len() == size && set.members().any(is_slow);
+    if staying < size || dawdles && best_learner(set, nodes).is_some() {
         if let Some(place) = best_learner(set, nodes) {
             let node = nodes.get_mut(&place)?;
             (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
@@ -213,13 +224,16 @@ fn next(
     better_primary(set, primary, nodes, apart)
 }
 
-/// Who leaves a set that is too large: one whose zone is there twice, then who has most, then the last.
+/// Who leaves a set that is too large: one that is slow, then one whose zone is there twice, then who has most, then the last.
 fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
     let zone = |place: Place| nodes.get(&place).map(|node| node.zone);
     let twice = |place: Place| set.members().filter(|other| zone(*other) == zone(place)).count() > 1;
     set.members()
         .enumerate()
-        .max_by_key(|(at, place)| (twice(*place), nodes.get(place).map_or(0, |node| node.replicas), *at))
+        .max_by_key(|(at, place)| {
+            let node = nodes.get(place);
+            (node.is_some_and(|node| node.slow), twice(*place), node.map_or(0, |node| node.replicas), *at)
+        })
         .map(|(_, place)| place)
 }
 

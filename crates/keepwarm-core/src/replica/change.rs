@@ -303,6 +303,12 @@ impl Replica {
         }
         if !change.acked.contains(from) {
             change.acked.push(from.clone());
+            // A learner has other things to do.
+            if let Some(sent_at) = change.sent_at
+                && office.secondaries().any(|peer| peer.member == *from)
+            {
+                out.push(ReplicaCommand::Took(from.clone(), now.since(sent_at)));
+            }
         }
         self.commit_if_all_have(now, ticket, out);
     }

@@ -50,8 +50,10 @@ impl Replica {
             }
             _ => request,
         };
-        if matches!(request.verb, Verb::Demote) {
-            return self.demote(now, &request, out);
+        match request.verb {
+            Verb::Demote => return self.demote(now, &request, out),
+            Verb::Condemn { birth, damaged } => return self.condemn(now, request, (birth, damaged), out),
+            _ => {}
         }
         let Some(request) = self.unfetched(now, request, out) else { return };
         if self.may_be_lost(&request) {

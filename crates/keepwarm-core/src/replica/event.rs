@@ -42,6 +42,8 @@ pub enum CopyFailed {
     NoRoom,
     /// The other side does not have them any more, or they were damaged there.
     Gone,
+    /// They are damaged here.
+    Damaged,
     /// The other side cannot be reached.
     Unreachable,
 }
@@ -137,6 +139,8 @@ pub enum ReplicaCommand {
     },
     /// The session does not leave this node's memory now.
     Stays(SessionKey),
+    /// A secondary acknowledged a change so long after it was sent: for [`Pace`](crate::registry::Pace).
+    Took(Member, Millis),
     /// Propose a change of the set, at the present generation.
     Propose(Change),
     /// Ask the registry, by a question that begins now, whether this generation is the present one.

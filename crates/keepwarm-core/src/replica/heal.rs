@@ -245,6 +245,7 @@ impl Replica {
                     let has = blocks.into_iter().collect();
                     office.caught_up.insert(key, CaughtUp { member: to, has, at: now });
                 }
+                Err(CopyFailed::Damaged) => self.found_damaged(now, &key, out),
                 // Somebody else may have room, or it may have some later.
                 Err(_) => self.turn_to_the_next(now, &key),
             },
@@ -262,7 +263,7 @@ impl Replica {
                     self.refuse_unfetched(&key, out);
                 }
                 // Another holder may be reached.
-                Err(CopyFailed::Unreachable) => self.turn_to_the_next(now, &key),
+                Err(CopyFailed::Unreachable | CopyFailed::Damaged) => self.turn_to_the_next(now, &key),
             },
             Some(CopyFor::Move(moving)) => self.moved(now, moving, result, out),
             None => {}

@@ -25,6 +25,7 @@
 
 mod change;
 mod confirm;
+mod damage;
 mod event;
 mod follower;
 mod heal;

@@ -234,6 +234,7 @@ impl Replica {
                 };
                 self.hold(now, id, Err(Refusal::Conflict(why.to_owned())), out);
             }
+            None if result == Err(CopyFailed::Damaged) && away == me => self.found_damaged(now, &key, out),
             // Another replica may have room.
             None if result.is_err() => self.make_room(now, &key, birth, &away, out),
             None => self.stays(&key, &away, out),

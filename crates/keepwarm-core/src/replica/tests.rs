@@ -1,5 +1,6 @@
 //! Events in, commands out, on a set of three.
 
+mod damage;
 mod room;
 
 use std::collections::VecDeque;
@@ -47,6 +48,7 @@ struct Net {
     proposed: Vec<Change>,
     released: Vec<(usize, InstanceId)>,
     stayed: Vec<(usize, SessionKey)>,
+    took: Vec<(usize, Member, Millis)>,
     /// Who has no room to spare.
     full: Vec<Member>,
 }
@@ -74,6 +76,7 @@ impl Net {
             proposed: Vec::new(),
             released: Vec::new(),
             stayed: Vec::new(),
+            took: Vec::new(),
             full: Vec::new(),
         }
     }
@@ -128,6 +131,7 @@ impl Net {
                     self.released.extend(instances.into_iter().map(|instance| (at, instance)));
                 }
                 ReplicaCommand::Stays(key) => self.stayed.push((at, key)),
+                ReplicaCommand::Took(member, delay) => self.took.push((at, member, delay)),
                 ReplicaCommand::Shard(_) | ReplicaCommand::ConfirmRegistry { .. } => {}
             }
             for (at, event) in next {
@@ -236,9 +240,13 @@ fn bytes_go_first_then_the_change_and_the_last_acknowledgement_commits() {
     let [ReplicaCommand::Send(first), ReplicaCommand::Send(last)] = &replies[..] else {
         panic!("two acknowledgements: {replies:?}")
     };
-    let after = net.replicas[0].on(NOW, ReplicaEvent::Peer(first.clone()));
-    assert!(after.is_empty(), "one of two: {after:?}");
-    let after = net.replicas[0].on(NOW, ReplicaEvent::Peer(last.clone()));
+    let later = NOW + Millis(70);
+    let after = net.replicas[0].on(later, ReplicaEvent::Peer(first.clone()));
+    let [ReplicaCommand::Took(who, delay)] = &after[..] else { panic!("one of two: {after:?}") };
+    assert_eq!((who, *delay), (&first.from, Millis(70)));
+    let after = net.replicas[0].on(later, ReplicaEvent::Peer(first.clone()));
+    assert!(after.is_empty(), "said twice, it is the same: {after:?}");
+    let after = net.replicas[0].on(later, ReplicaEvent::Peer(last.clone()));
     let answered = after.iter().any(|command| matches!(command, ReplicaCommand::Reply(RequestId(2), Ok(_))));
     assert!(answered, "{after:?}");
 }

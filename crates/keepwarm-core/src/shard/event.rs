@@ -257,17 +257,25 @@ pub enum Verb {
     },
     /// Begin another session as a prefix of this one.
     Fork(Fork),
-    /// Commit that the bytes are gone: by eviction, demotion, a failed device or found corruption.
+    /// Commit that the bytes are gone: by eviction or with all its holders.
     GoCold {
         /// The life that is meant.
         birth: Birth,
         /// Why.
         reason: ColdReason,
-        /// Evict even if leased, protected or used since (device failure, corruption).
+        /// Evict even if leased, protected or used since (holders lost).
         force: bool,
     },
     /// Let another replica hold the bytes that are here; the replica carries it out, a shard alone cannot.
     Demote,
+    /// This node's copy of a block is damaged: the other holders' are the session's from now on, or where there is none
+    /// it is cold (`corrupt`), whatever protects it. Done where the session does not name the block any more.
+    Condemn {
+        /// The life that is meant.
+        birth: Birth,
+        /// The damaged block.
+        damaged: InstanceId,
+    },
     /// Commit who holds the session's bytes; the replica asks this of itself.
     Place {
         /// The life that is meant.
@@ -309,6 +317,7 @@ impl Verb {
             | Self::Touch
             | Self::GoCold { .. }
             | Self::Demote
+            | Self::Condemn { .. }
             | Self::Place { .. }
             | Self::Delete
             | Self::Abandon => false,

@@ -12,13 +12,14 @@ use keepwarm_core::replica::CopyFailed;
 use keepwarm_core::session::BlockRef;
 use keepwarm_memory::{Block, BlockHasher, BlockMut, CHUNK_BYTES};
 use keepwarm_transport::{ByteStream, Class, LinkError};
-use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, Tier};
+use keepwarm_types::{Birth, Bytes, Generation, InstanceId, Owner, SessionKey, ShardCount, Tier};
 use keepwarm_wire::blocks::{BLOCKS_MAX, BlocksAnswer, BlocksHeader, Direction};
 use keepwarm_wire::{EncodeError, Frame, Version};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::Cluster;
+use crate::copy::first_damaged;
 use crate::error::Error;
 use crate::handle::Handle;
 use crate::pinned::Pool;
@@ -43,48 +44,65 @@ fn unsent(error: &EncodeError) -> CopyFailed {
     CopyFailed::NoRoom
 }
 
+/// Whose blocks go between two nodes, and how.
+#[derive(Debug, Clone)]
+pub(crate) struct Whose {
+    /// Of the set in which they go.
+    pub(crate) generation: Generation,
+    /// The session.
+    pub(crate) key: SessionKey,
+    /// Which life of it.
+    pub(crate) birth: Birth,
+    /// Whether whoever takes them has to have room to spare.
+    pub(crate) spare: bool,
+}
+
+impl Whose {
+    fn owner(&self) -> Owner {
+        Owner { tenant: self.key.tenant.clone(), birth: self.birth }
+    }
+
+    fn header(&self, shards: ShardCount, blocks: Vec<BlockRef>, direction: Direction) -> BlocksHeader {
+        let (shard, key) = (shards.shard_of(self.key.id), self.key.clone());
+        BlocksHeader { shard, generation: self.generation, key, birth: self.birth, blocks, direction }
+    }
+}
+
 impl Cluster {
-    /// Copies blocks to a holder; done once it has verified and kept them. `spare` bytes are taken only into room that it
-    /// has to spare.
+    /// Copies blocks to a holder; done once it has verified and kept them.
     ///
     /// Dropping the future resets the stream; the holder then keeps nothing of its batch.
     pub(crate) async fn push(
         &self,
         to: &Member,
-        generation: Generation,
-        key: &SessionKey,
-        birth: Birth,
+        whose: &Whose,
         blocks: Vec<Block>,
-        spare: bool,
     ) -> Result<(), CopyFailed> {
         for batch in batches(blocks, |block| block.length() as u64, BLOCKS_MAX, BATCH_BYTES_MAX) {
-            self.push_batch(to, generation, key, birth, batch, spare).await?;
+            self.push_batch(to, whose, batch).await?;
         }
         Ok(())
     }
 
-    async fn push_batch(
-        &self,
-        to: &Member,
-        generation: Generation,
-        key: &SessionKey,
-        birth: Birth,
-        blocks: Vec<Block>,
-        spare: bool,
-    ) -> Result<(), CopyFailed> {
-        let (way, class) =
-            if spare { (Direction::Spare, Class::Rebalance) } else { (Direction::Push, Class::Checkpoint) };
+    async fn push_batch(&self, to: &Member, whose: &Whose, blocks: Vec<Block>) -> Result<(), CopyFailed> {
+        let (way, class) = if whose.spare {
+            (Direction::Spare, Class::Rebalance)
+        } else {
+            (Direction::Push, Class::Checkpoint)
+        };
         let refs = blocks.iter().map(crate::write::block_ref).collect();
-        let header = self.header(generation, key, birth, refs, way);
+        let header = whose.header(self.count, refs, way);
+        let handle = self.node();
         let work = async {
             let version = self.transport.version(&to.node).ok_or(CopyFailed::Unreachable)?;
             let header = header.encode(version).map_err(|error| unsent(&error))?;
             let opened = self.transport.open(&to.node, class, header).await;
             let mut stream = opened.map_err(|error| unreachable_by(&error))?;
-            let sent = send_blocks(&mut stream, key, birth, &blocks).await;
+            let sent = send_blocks(&mut stream, &whose.owner(), &blocks).await;
             // A holder that refuses answers before it has read all.
             let answer = read_answer(&mut stream).await;
             match answer {
+                Ok(BlocksAnswer::Damaged(_)) => Err(whose_damage(handle.as_ref(), &blocks).await),
                 Ok(answer) => taken(&answer),
                 Err(error) => {
                     sent.map_err(|error| unreachable_by(&error))?;
@@ -94,7 +112,7 @@ impl Cluster {
         };
         let done = timeout(BATCH_DEADLINE, work).await.unwrap_or(Err(CopyFailed::Unreachable));
         if done.is_ok()
-            && let Some(handle) = self.node()
+            && let Some(handle) = &handle
         {
             let bytes: u64 = blocks.iter().map(|block| block.length() as u64).sum();
             handle.metrics().moved("pinned", "peer", Bytes(bytes));
@@ -106,15 +124,12 @@ impl Cluster {
     pub(crate) async fn pull(
         &self,
         from: &Member,
-        generation: Generation,
-        key: &SessionKey,
-        birth: Birth,
+        whose: &Whose,
         blocks: Vec<BlockRef>,
-        spare: bool,
     ) -> Result<Vec<Block>, CopyFailed> {
         let mut pulled = Vec::with_capacity(blocks.len());
         for batch in batches(blocks, |block| u64::from(block.length), BLOCKS_MAX, BATCH_BYTES_MAX) {
-            pulled.extend(self.pull_batch(from, generation, key, birth, batch, spare).await?);
+            pulled.extend(self.pull_batch(from, whose, batch).await?);
         }
         Ok(pulled)
     }
@@ -122,20 +137,16 @@ impl Cluster {
     async fn pull_batch(
         &self,
         from: &Member,
-        generation: Generation,
-        key: &SessionKey,
-        birth: Birth,
+        whose: &Whose,
         blocks: Vec<BlockRef>,
-        spare: bool,
     ) -> Result<Vec<Block>, CopyFailed> {
         let (pool, class) =
-            if spare { (Pool::Spare, Class::Rebalance) } else { (Pool::Restore, Class::Restore) };
+            if whose.spare { (Pool::Spare, Class::Rebalance) } else { (Pool::Restore, Class::Restore) };
         let Some(handle) = self.node() else { return Err(CopyFailed::Unreachable) };
-        let owner = Owner { tenant: key.tenant.clone(), birth };
         let work = async {
-            let room = handle.reserve_pinned(&owner, pool, sizes(&blocks)).await;
+            let room = handle.reserve_pinned(&whose.owner(), pool, sizes(&blocks)).await;
             let room = room.map_err(|error| no_room(&error))?;
-            let header = self.header(generation, key, birth, blocks.clone(), Direction::Pull);
+            let header = whose.header(self.count, blocks.clone(), Direction::Pull);
             let version = self.transport.version(&from.node).ok_or(CopyFailed::Unreachable)?;
             let header = header.encode(version).map_err(|error| unsent(&error))?;
             let opened = self.transport.open(&from.node, class, header).await;
@@ -146,7 +157,7 @@ impl Cluster {
                 Ok(received) => Ok(received),
                 Err(Received::Damaged(_, detail)) => {
                     handle.metrics().checksum_failed("peer");
-                    tracing::error!(%key, %detail, "bytes from another node are damaged");
+                    tracing::error!(key = %whose.key, %detail, "bytes from another node are damaged");
                     Err(CopyFailed::Gone)
                 }
                 Err(Received::Broken(error)) => Err(unreachable_by(&error)),
@@ -155,18 +166,6 @@ impl Cluster {
         let pulled = timeout(BATCH_DEADLINE, work).await.unwrap_or(Err(CopyFailed::Unreachable))?;
         handle.metrics().moved("peer", "pinned", pulled.iter().map(|b| Bytes(b.length() as u64)).sum());
         Ok(pulled)
-    }
-
-    fn header(
-        &self,
-        generation: Generation,
-        key: &SessionKey,
-        birth: Birth,
-        blocks: Vec<BlockRef>,
-        direction: Direction,
-    ) -> BlocksHeader {
-        let shard = self.count.shard_of(key.id);
-        BlocksHeader { shard, generation, key: key.clone(), birth, blocks, direction }
     }
 }
 
@@ -254,18 +253,13 @@ async fn lend(handle: &Handle, header: BlocksHeader, stream: &mut ByteStream) ->
         return Ok(());
     };
     stream.write_frame(&encoded(&BlocksAnswer::Taken, stream.version())?).await?;
-    send_blocks(stream, &header.key, header.birth, &guards).await
+    let owner = Owner { tenant: header.key.tenant.clone(), birth: header.birth };
+    send_blocks(stream, &owner, &guards).await
 }
 
-async fn send_blocks(
-    stream: &mut ByteStream,
-    key: &SessionKey,
-    birth: Birth,
-    blocks: &[Block],
-) -> Result<(), LinkError> {
-    let owner = Owner { tenant: key.tenant.clone(), birth };
+async fn send_blocks(stream: &mut ByteStream, owner: &Owner, blocks: &[Block]) -> Result<(), LinkError> {
     for block in blocks {
-        let Ok(view) = block.view(&owner, 0..block.length()) else {
+        let Ok(view) = block.view(owner, 0..block.length()) else {
             stream.reset();
             return Err(LinkError::Closed("a block belongs to another owner".to_owned()));
         };
@@ -328,6 +322,17 @@ const fn taken(answer: &BlocksAnswer) -> Result<(), CopyFailed> {
         BlocksAnswer::NoRoom => Err(CopyFailed::NoRoom),
         BlocksAnswer::Gone | BlocksAnswer::Damaged(_) => Err(CopyFailed::Gone),
     }
+}
+
+/// After bytes arrived damaged, which a link of TLS does not do: whether they lie here like that.
+async fn whose_damage(handle: Option<&Handle>, blocks: &[Block]) -> CopyFailed {
+    if first_damaged(blocks.to_vec()).await.is_none() {
+        return CopyFailed::Unreachable;
+    }
+    if let Some(handle) = handle {
+        handle.metrics().checksum_failed("push");
+    }
+    CopyFailed::Damaged
 }
 
 fn no_room(error: &Error) -> CopyFailed {

@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, watch as tokio_watch};
 use tokio::task::AbortHandle;
 
 use crate::handle::{Handle, WeakHandle};
+pub(crate) use blocks::Whose;
 pub use relay::{IncomingRelay, RelayStream, RelayedCaller};
 pub use start::JoinError;
 pub(crate) use start::join;

@@ -106,6 +106,7 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             from: me.node.clone(),
             from_incarnation: me.incarnation,
             unheard,
+            slow: cluster.node().map_or_else(Vec::new, |handle| handle.slow()),
             fitness: cluster.node().map_or(Fitness::WELL, |handle| handle.fitness()),
         });
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use keepwarm_catalog::Catalog;
 use keepwarm_config::{Config, NodeConfig};
-use keepwarm_core::registry::{Fitness, Member};
+use keepwarm_core::registry::{Fitness, Member, Pace};
 use keepwarm_core::session::{Manifest, State};
 use keepwarm_core::shard::{Refusal, Verb};
 use keepwarm_memory::{Block, BlockMut, Device, FaultPlan};
@@ -68,6 +68,8 @@ pub(crate) struct Inner {
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
     pub(crate) disk: DiskWatch,
+    /// How long the members of this node's sets take to acknowledge changes.
+    pub(crate) pace: Mutex<Pace>,
     /// Whether this process may begin anew: the cluster went on without it.
     superseded: AtomicBool,
     fail: watch::Sender<Option<String>>,
@@ -86,6 +88,7 @@ impl Inner {
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
             disk: DiskWatch::default(),
+            pace: Mutex::new(Pace::new(now())),
             superseded: AtomicBool::new(false),
             config: parts.config,
             node: parts.node,
@@ -204,6 +207,11 @@ impl Handle {
             leads: self.inner.boards.iter().any(|board| board.healthy()),
             learns: self.inner.disk.is_well(),
         }
+    }
+
+    /// Who takes this node's changes much more slowly than others do.
+    pub(crate) fn slow(&self) -> Vec<Member> {
+        self.inner.pace.lock().unwrap_or_else(PoisonError::into_inner).slow(now())
     }
 
     pub(crate) fn set_serving(&self, serving: bool) {

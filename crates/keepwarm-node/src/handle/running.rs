@@ -7,8 +7,7 @@ use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
 use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
 use keepwarm_memory::{Block, BlockMut, Direction, Job};
 use keepwarm_types::{
-    Bytes, ColdReason, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier,
-    Timestamp,
+    Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
 };
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
@@ -39,19 +38,28 @@ impl Handle {
     /// # Errors
     /// [`Error`]; no lease is held then.
     pub async fn activate(&self, key: &SessionKey, request: ActivateRequest) -> Result<Activation, Error> {
+        match self.activate_once(key, &request).await {
+            // What was damaged here is let go: the bytes come from another holder.
+            Err(Error::Corrupt { .. }) if self.is_elsewhere(key).await => {
+                self.activate_once(key, &request).await
+            }
+            done => done,
+        }
+    }
+
+    async fn activate_once(&self, key: &SessionKey, request: &ActivateRequest) -> Result<Activation, Error> {
         let permit = self.admit()?;
         let started = Instant::now();
         self.settled(key).await?;
         let before = self.get(key).await?;
         let bytes = before.manifest.stored_bytes();
         let far = bytes > Bytes::ZERO && !before.manifest.holders.contains(&self.inner().member());
-        let home = self.place(key, request.node, request.gpu, bytes).await?;
+        let home = self.place(key, request.node.clone(), request.gpu, bytes).await?;
         let lease = LeaseId(Uuid::new_v4());
         let ttl = request.ttl.unwrap_or(LEASE_TTL_DEFAULT);
         let verb = Verb::Activate { lease, ttl, home: home.clone() };
         let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
         let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
-        let sources = answered.blocks.clone();
         let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, grant.lease.expires_at).await;
         match loaded {
             Ok(mut loaded) => {
@@ -63,29 +71,40 @@ impl Handle {
                 Ok(activation(*grant, home, loaded, took))
             }
             Err(error) => {
-                if let Error::Corrupt { .. } = &error {
-                    self.metrics().checksum_failed("restore");
-                    self.condemn(&grant.manifest, sources).await;
-                }
                 let _ = self.ask(key, Verb::Release { lease }, Vec::new(), None).await;
                 Err(error)
             }
         }
     }
 
-    /// After a restore met damage: a session whose own bytes are damaged goes cold, since no later restore
-    /// would do better and its transcript can make them anew. One that was damaged on the way stays.
-    async fn condemn(&self, manifest: &Manifest, sources: Vec<Block>) {
-        let whole = move || sources.iter().all(|block| block.verify().is_ok());
-        if tokio::task::spawn_blocking(whole).await.unwrap_or(true) {
-            return;
-        }
+    /// After damage was met: where a session's own bytes are damaged no later use would do better, so they are let go. Other
+    /// holders' take their place, or it goes cold, and its transcript can make them anew. What was damaged on the way stays.
+    pub(crate) async fn condemn(&self, manifest: &Manifest, sources: Vec<Block>) {
+        let Some(damaged) = copy::first_damaged(sources).await else { return };
         let key = &manifest.key;
-        let cold = Verb::GoCold { birth: manifest.birth, reason: ColdReason::Corrupt, force: true };
-        match self.ask(key, cold, Vec::new(), None).await {
-            Ok(_) => tracing::error!(%key, "pinned bytes are damaged: the session went cold"),
+        match self.ask(key, Verb::Condemn { birth: manifest.birth, damaged }, Vec::new(), None).await {
+            Ok(_) => tracing::error!(%key, "pinned bytes are damaged: this copy was dropped"),
             Err(error) => tracing::error!(%key, %error, "pinned bytes are damaged and could not be dropped"),
         }
+        self.note_failure(Some(key), "pinned bytes were damaged".to_owned());
+    }
+
+    /// A reader met a damaged block: its copy is let go in the background, and the next read finds another one or says why not.
+    pub(crate) fn damaged_while_read(&self, manifest: &Arc<Manifest>, block: &Block) {
+        self.metrics().checksum_failed("read");
+        let (handle, manifest, block) = (self.clone(), Arc::clone(manifest), block.clone());
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { handle.condemn(&manifest, vec![block]).await });
+        }
+    }
+
+    /// Whether a session has its bytes at other nodes only.
+    async fn is_elsewhere(&self, key: &SessionKey) -> bool {
+        let me = self.inner().member();
+        let elsewhere = |manifest: &Manifest| {
+            manifest.state == State::Warm && !manifest.holders.is_empty() && !manifest.holders.contains(&me)
+        };
+        self.get(key).await.is_ok_and(|info| elsewhere(&info.manifest))
     }
 
     /// Leases a session without bringing it anywhere: for a turn that runs uncached.
@@ -171,8 +190,20 @@ impl Handle {
         let actor = self.links().gpu(gpu).ok_or_else(|| no_gpu(gpu, self.inner().boards.len()))?;
         let (reply, loaded) = oneshot::channel();
         let manifest = Arc::clone(manifest);
-        send(&actor, GpuMsg::Load { manifest, sources, leased_until, permit, reply }, "the GPU's actor")?;
-        loaded.await.map_err(|_| restarting("the GPU's actor"))?
+        let load = GpuMsg::Load {
+            manifest: Arc::clone(&manifest),
+            sources: sources.clone(),
+            leased_until,
+            permit,
+            reply,
+        };
+        send(&actor, load, "the GPU's actor")?;
+        let loaded = loaded.await.map_err(|_| restarting("the GPU's actor"))?;
+        if let Err(Error::Corrupt { .. }) = &loaded {
+            self.metrics().checksum_failed("restore");
+            self.condemn(&manifest, sources).await;
+        }
+        loaded
     }
 
     /// Remembers what an activation found.

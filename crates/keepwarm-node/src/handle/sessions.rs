@@ -213,7 +213,7 @@ impl Handle {
         let answered = self.ask(key, Verb::Read { part: part.to_owned() }, Vec::new(), Some(permit)).await?;
         let Answer::Read(grant) = *answered.answer else { return Err(odd("a read")) };
         let index = grant.part.ok_or_else(|| odd("a part"))?;
-        Ok(PartReader::new(grant.manifest, index, answered.blocks, self.metrics().clone()))
+        Ok(PartReader::new(grant.manifest, index, answered.blocks, self.clone()))
     }
 
     /// Pins all parts' committed bytes, of one revision, for reading.
@@ -228,7 +228,7 @@ impl Handle {
         let counts = grant.manifest.parts.iter().map(|part| part.blocks.len()).enumerate();
         let reader = |(index, count)| {
             let blocks = blocks.by_ref().take(count).collect();
-            PartReader::new(grant.manifest.clone(), index, blocks, self.metrics().clone())
+            PartReader::new(grant.manifest.clone(), index, blocks, self.clone())
         };
         Ok(counts.map(reader).collect())
     }

@@ -1,8 +1,8 @@
 //! The shell around the core's replica.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use keepwarm_catalog::Catalog;
 use keepwarm_core::replica::{Replica, ReplicaCommand, ReplicaEvent, Role};
@@ -20,6 +20,7 @@ use super::message::{Answered, Ask, ShardFigures, ShardMsg};
 use super::peers;
 use crate::admission::Permit;
 use crate::clock::now;
+use crate::cluster::Whose;
 use crate::error::Error;
 use crate::gpu::GpuMsg;
 use crate::handle::Handle;
@@ -188,23 +189,19 @@ impl ShardState {
                     let _ = pinned.cast(PinnedMsg::EvictRefused(key));
                 }
             }
+            ReplicaCommand::Took(member, delay) => {
+                let pace = &self.args.handle.inner().pace;
+                pace.lock().unwrap_or_else(PoisonError::into_inner).took(now(), &member, delay);
+            }
             ReplicaCommand::Copy { id, to, key, birth, blocks, spare } => {
                 let guards = self.guards.all(&blocks, birth);
-                peers::copy(
-                    &self.args.handle,
-                    myself,
-                    self.args.core.set(),
-                    peers::Moved { id, with: to, key, birth, blocks, spare },
-                    guards,
-                );
+                let whose = Whose { generation: self.args.core.set().generation, key, birth, spare };
+                let moved = peers::Moved { id, with: to, whose, blocks };
+                peers::copy(&self.args.handle, myself, moved, guards);
             }
             ReplicaCommand::Fetch { id, from, key, birth, blocks, spare } => {
-                peers::fetch(
-                    &self.args.handle,
-                    myself,
-                    self.args.core.set(),
-                    peers::Moved { id, with: from, key, birth, blocks, spare },
-                );
+                let whose = Whose { generation: self.args.core.set().generation, key, birth, spare };
+                peers::fetch(&self.args.handle, myself, peers::Moved { id, with: from, whose, blocks });
             }
             ReplicaCommand::Propose(change) => {
                 peers::propose(&self.args.handle, myself, self.args.core.id(), self.args.core.set(), change);

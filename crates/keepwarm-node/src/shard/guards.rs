@@ -22,10 +22,12 @@ pub(super) struct Guards {
 }
 
 impl Guards {
-    /// Takes a guard with one name; an instance that is here already gets one name more.
+    /// Takes a guard with one name. An instance that is here already gets one name more, and the bytes that have just been
+    /// verified: those that were here may be damaged.
     pub(super) fn take(&mut self, block: Block) {
         let instance = block.instance();
-        self.named.entry(instance).and_modify(|named| named.names += 1).or_insert(Named { block, names: 1 });
+        let names = self.named.get(&instance).map_or(1, |named| named.names + 1);
+        self.named.insert(instance, Named { block, names });
     }
 
     pub(super) fn retain(&mut self, instances: &[InstanceId]) {

@@ -8,10 +8,11 @@ use keepwarm_core::registry::{Change, Entry, Member, ReplicaSet, Response};
 use keepwarm_core::replica::{Content, CopyFailed, CopyId, Envelope, Message};
 use keepwarm_core::session::{BlockRef, Manifest, TranscriptDelta};
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, Bytes, SessionKey, ShardId, Tokens};
+use keepwarm_types::{Bytes, ShardId, Tokens};
 use ractor::ActorRef;
 
 use super::message::ShardMsg;
+use crate::cluster::Whose;
 use crate::handle::Handle;
 
 /// How long the registry may take for one question or one change.
@@ -22,11 +23,8 @@ pub(super) struct Moved {
     pub(super) id: CopyId,
     /// The other node.
     pub(super) with: Member,
-    pub(super) key: SessionKey,
-    pub(super) birth: Birth,
+    pub(super) whose: Whose,
     pub(super) blocks: Vec<BlockRef>,
-    /// Whether whoever takes them has to have room to spare.
-    pub(super) spare: bool,
 }
 
 /// A message that cannot be sent is lost; the core sends it again.
@@ -69,26 +67,20 @@ pub(super) fn send_whole(
 }
 
 /// Copies blocks to another node.
-pub(super) fn copy(
-    handle: &Handle,
-    to: &ActorRef<ShardMsg>,
-    set: &Arc<ReplicaSet>,
-    moved: Moved,
-    guards: Option<Vec<Block>>,
-) {
+pub(super) fn copy(handle: &Handle, to: &ActorRef<ShardMsg>, moved: Moved, guards: Option<Vec<Block>>) {
     let (Some(cluster), Some(guards)) = (handle.cluster_link(), guards) else {
         let _ = to.cast(ShardMsg::Copied(moved.id, Err(CopyFailed::Gone)));
         return;
     };
-    let (cluster, set, to, handle) = (Arc::clone(cluster), Arc::clone(set), to.clone(), handle.clone());
+    let (cluster, to, handle) = (Arc::clone(cluster), to.clone(), handle.clone());
     tokio::spawn(async move {
-        let Moved { id, with, key, birth, spare, .. } = moved;
+        let Moved { id, with, whose, .. } = moved;
         let bytes = guards.iter().map(|block| Bytes(block.length() as u64)).sum();
         let started = Instant::now();
-        let pushed = cluster.push(&with, set.generation, &key, birth, guards, spare).await;
-        if spare && pushed.is_ok() {
+        let pushed = cluster.push(&with, &whose, guards).await;
+        if whose.spare && pushed.is_ok() {
             handle.note_move(
-                &key,
+                &whose.key,
                 "pinned",
                 &format!("peer:{}", with.node),
                 bytes,
@@ -101,17 +93,24 @@ pub(super) fn copy(
 }
 
 /// Fetches blocks from another node.
-pub(super) fn fetch(handle: &Handle, to: &ActorRef<ShardMsg>, set: &Arc<ReplicaSet>, moved: Moved) {
+pub(super) fn fetch(handle: &Handle, to: &ActorRef<ShardMsg>, moved: Moved) {
     let Some(cluster) = handle.cluster_link() else { return };
-    let (cluster, set, to, handle) = (Arc::clone(cluster), Arc::clone(set), to.clone(), handle.clone());
+    let (cluster, to, handle) = (Arc::clone(cluster), to.clone(), handle.clone());
     tokio::spawn(async move {
-        let Moved { id, with, key, birth, blocks, spare } = moved;
+        let Moved { id, with, whose, blocks } = moved;
         let started = Instant::now();
-        let pulled = cluster.pull(&with, set.generation, &key, birth, blocks, spare).await;
+        let pulled = cluster.pull(&with, &whose, blocks).await;
         if let Ok(pulled) = &pulled {
             let bytes = pulled.iter().map(|block| Bytes(block.length() as u64)).sum();
-            let why = if spare { "room" } else { "fetch" };
-            handle.note_move(&key, &format!("peer:{}", with.node), "pinned", bytes, why, started.elapsed());
+            let why = if whose.spare { "room" } else { "fetch" };
+            handle.note_move(
+                &whose.key,
+                &format!("peer:{}", with.node),
+                "pinned",
+                bytes,
+                why,
+                started.elapsed(),
+            );
         }
         let _ = to.cast(ShardMsg::Copied(id, pulled));
     });

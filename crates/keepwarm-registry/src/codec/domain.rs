@@ -423,6 +423,7 @@ impl TryFrom<RawReport> for HealthReport {
             from: name(&raw.from)?,
             from_incarnation: Incarnation(raw.from_incarnation),
             unheard: raw.unheard.into_iter().map(unheard).collect::<Result<_, _>>()?,
+            slow: Vec::new(),
             fitness: Fitness::WELL,
         })
     }

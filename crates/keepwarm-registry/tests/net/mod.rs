@@ -254,6 +254,7 @@ impl Cluster {
                         from: node.clone(),
                         from_incarnation: own.incarnation,
                         unheard,
+                        slow: Vec::new(),
                         fitness: Fitness::WELL,
                     });
                 }

@@ -173,6 +173,13 @@ impl Client {
         let _ = self.ask(key, || Verb::Demote).await;
     }
 
+    /// The owner's copy of a block turns out to be damaged: only where nobody else has the bytes they may be lost.
+    pub(super) async fn condemn(&mut self, key: &SessionKey, manifest: &Manifest) {
+        let Some(damaged) = manifest.instances().next().map(|block| block.instance) else { return };
+        let birth = manifest.birth;
+        let _ = self.ask(key, || Verb::Condemn { birth, damaged }).await;
+    }
+
     pub(super) async fn evict(&mut self, key: &SessionKey, manifest: &Manifest) {
         let birth = manifest.birth;
         self.world.with(|world| world.promises.evicting(key, world.now));

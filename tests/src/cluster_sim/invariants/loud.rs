@@ -1,7 +1,8 @@
-//! Acknowledged bytes are there unless as many of their holders as there are copies have gone, or somebody evicted
-//! them; and then the session says that it is cold.
+//! Acknowledged bytes are there unless as many of their holders as there are copies have gone or damaged theirs, or
+//! somebody evicted them; and then the session says that it is cold.
 //= GUARANTEES.md#G10
 
+use keepwarm_core::registry::Member;
 use keepwarm_core::session::State;
 use keepwarm_types::ColdReason;
 
@@ -21,7 +22,10 @@ pub fn check(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     // The bytes may have been placed anew since: some placement of this state must have lost its holders.
     let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
     let all = world.promises.placements.get(&state).map(Vec::as_slice).unwrap_or_default();
-    let gone = |holder: &&keepwarm_core::registry::Member| world.promises.gone.contains(holder);
+    let damaged = |holder: &Member| {
+        world.promises.damaged.contains(&(manifest.key.clone(), manifest.birth, holder.clone()))
+    };
+    let gone = |holder: &&Member| world.promises.gone.contains(*holder) || damaged(holder);
     let lost = all
         .iter()
         .any(|holders| holders.iter().filter(gone).count() >= holders.len().min(world.shape.replication));

@@ -5,7 +5,7 @@ use keepwarm_types::{Incarnation, Millis, NodeName, ShardId, Timestamp};
 use super::{cluster, down, name, primaries, register, settle};
 use crate::registry::{
     Change, Conditions, Detector, DetectorEvent, DetectorSettings, Entry, Finding, Fitness, HealthReport,
-    Refused, Registry, Response, Unheard, plan_under,
+    Member, Refused, Registry, Response, Unheard, plan_under,
 };
 
 const SUSPECT: Millis = Millis(400);
@@ -32,6 +32,7 @@ fn report(registry: &Registry, from: u16, unheard: &[(u16, Millis)]) -> Detector
         from: name(from),
         from_incarnation,
         unheard,
+        slow: Vec::new(),
         fitness: Fitness::WELL,
     })
 }
@@ -222,7 +223,7 @@ fn who_can_run_nothing_leads_nothing_and_who_can_take_nothing_learns_nothing() {
     let fit = |leads, learns| Fitness { leads, learns };
     let report = |detector: &mut Detector, n, fitness| {
         let (from, from_incarnation) = (name(n), incarnation(&registry, n));
-        let report = HealthReport { from, from_incarnation, unheard: Vec::new(), fitness };
+        let report = HealthReport { from, from_incarnation, unheard: Vec::new(), slow: Vec::new(), fitness };
         detector.on(Timestamp(10), DetectorEvent::Report(report));
     };
     report(&mut detector, 1, fit(false, true));
@@ -269,6 +270,70 @@ fn who_can_run_nothing_leads_nothing_and_who_can_take_nothing_learns_nothing() {
         |entry| matches!(entry, Entry::Change { shard, change: Change::DropLearner, .. } if *shard == copied),
     );
     assert!(dropped, "{entries:?}");
+}
+
+#[test]
+fn who_is_slow_by_the_word_of_two_is_replaced_first_in_then_out() {
+    let registry = cluster(4, 16, 2);
+    let mut detector = detector();
+    let slow = Member { node: name(2), incarnation: incarnation(&registry, 2) };
+    let report = |from: u16, slow: &[&Member]| {
+        let (node, from_incarnation) = (name(from), incarnation(&registry, from));
+        DetectorEvent::Report(HealthReport {
+            from: node,
+            from_incarnation,
+            unheard: Vec::new(),
+            slow: slow.iter().map(|member| (*member).clone()).collect(),
+            fitness: Fitness::WELL,
+        })
+    };
+    detector.on(Timestamp(10), report(1, &[&slow]));
+    detector.on(Timestamp(10), report(2, &[&slow]));
+    let of_before = Member { incarnation: Incarnation(slow.incarnation.0 + 100), ..slow.clone() };
+    detector.on(Timestamp(10), report(3, &[&of_before]));
+    assert_eq!(tick(&mut detector, 400, &registry), [], "one, itself, and one who means another process");
+    assert!(detector.conditions().slow.is_empty());
+    detector.on(Timestamp(410), report(3, &[&slow]));
+    let found = Finding::Slow { member: slow.clone(), observers: vec![name(1), name(3)] };
+    assert_eq!(tick(&mut detector, 420, &registry), [found]);
+    assert_eq!(tick(&mut detector, 430, &registry), [], "said once");
+    let conditions = detector.conditions();
+    assert_eq!(conditions.slow, [name(2)].into());
+
+    let mut moved = registry.clone();
+    let has = |registry: &Registry, shard| {
+        registry.set(shard).unwrap().replicas.iter().any(|member| member.node == name(2))
+    };
+    assert!(moved.shards().any(|shard| has(&moved, shard)));
+    for _ in 0..400 {
+        let mut entries = plan_under(&moved, 4, 64, &conditions);
+        for shard in moved.shards() {
+            let set = moved.set(shard).unwrap();
+            if set.learner.is_some() {
+                entries.push(Entry::Change { shard, generation: set.generation, change: Change::Promote });
+            }
+        }
+        for entry in &entries {
+            assert_eq!(moved.apply(entry).response, Response::Done, "{entry:?}");
+            let Entry::Change { shard, .. } = entry else { panic!("{entry:?}") };
+            assert!(moved.set(*shard).unwrap().replicas.len() >= 3, "in first, then out: {entry:?}");
+        }
+    }
+    assert_eq!(plan_under(&moved, 4, 64, &conditions), [], "it ends");
+    assert!(!moved.shards().any(|shard| has(&moved, shard)), "and gets nothing back while it is slow");
+    // Where there is no other node it stays, and leads nothing.
+    let mut three = cluster(3, 16, 2);
+    for _ in 0..64 {
+        for entry in plan_under(&three, 3, 64, &conditions) {
+            assert_eq!(three.apply(&entry).response, Response::Done, "{entry:?}");
+        }
+    }
+    assert!(three.shards().all(|shard| three.set(shard).unwrap().replicas.len() == 3));
+    assert!(!primaries(&three).contains_key(&name(2)));
+    // It is well again.
+    detector.on(Timestamp(500), report(1, &[]));
+    assert_eq!(tick(&mut detector, 510, &registry), []);
+    assert!(detector.conditions().slow.is_empty());
 }
 
 #[test]

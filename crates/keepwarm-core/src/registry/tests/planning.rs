@@ -1,9 +1,11 @@
 //! What the leader proposes next, and what it must not.
 
-use keepwarm_types::{ShardId, Timestamp};
+use keepwarm_types::{ShardCount, ShardId, Timestamp};
 
 use super::{cluster, down, name, primaries, register, settle};
-use crate::registry::{ASSIGN_MAX, Change, Entry, NodeStatus, Registry, Response, plan};
+use crate::registry::{
+    ASSIGN_MAX, Change, Conditions, Entry, NodeStatus, Registry, RegistrySettings, Response, plan, plan_under,
+};
 
 fn changes(registry: &Registry, expected: usize) -> Vec<Change> {
     let change = |entry| match entry {
@@ -38,6 +40,23 @@ fn a_node_that_takes_part_again_gets_its_share_back() {
     down(&mut registry, 1, &[3, 4]);
     settle(&mut registry, 4);
     assert!(primaries(&registry)[&name(2)] >= 8, "{:?}", primaries(&registry));
+}
+
+#[test]
+fn a_node_that_can_run_nothing_leads_no_first_set_either() {
+    let settings = RegistrySettings { shards: ShardCount::new(32).unwrap(), replication: 2 };
+    let mut registry = Registry::new(settings);
+    for n in 1..=4 {
+        register(&mut registry, n, n.into());
+    }
+    let conditions = Conditions { not_leading: [name(2)].into(), ..Conditions::default() };
+    for entry in plan_under(&registry, 4, 64, &conditions) {
+        assert!(matches!(entry, Entry::Assign(_)), "{entry:?}");
+        assert_eq!(registry.apply(&entry).response, Response::Done);
+    }
+    assert_eq!(primaries(&registry).len(), 3);
+    assert!(!primaries(&registry).contains_key(&name(2)));
+    assert_eq!(plan_under(&registry, 4, 64, &conditions), [], "and it stays like that");
 }
 
 #[test]
