@@ -3,6 +3,7 @@
 
 mod cuda;
 mod faults;
+mod near;
 
 use std::future::Future;
 use std::path::Path;
