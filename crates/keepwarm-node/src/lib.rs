@@ -41,8 +41,8 @@ pub use error::Error;
 pub use handle::{
     ActivateRequest, Activation, ArenaInfo, BodyDigest, CheckpointInfo, ClusterInfo, ContextInfo,
     CreateRequest, Explanation, ForkRequest, Freed, GpuInfo, GpuState, Handle, Move, NodeEvent, NodeInfo,
-    PinnedInfo, Receipt, Selection, SessionInfo, SessionPage, ShardInfo, TierBytes, TranscriptInfo, TurnDone,
-    TurnPart, TurnRequest, Verdict, Whereabouts, WriteDone, WriteRequest,
+    PinnedInfo, Receipt, ScratchInfo, Selection, SessionInfo, SessionPage, ShardInfo, TierBytes,
+    TranscriptInfo, TurnDone, TurnPart, TurnRequest, Verdict, Whereabouts, WriteDone, WriteRequest,
 };
 pub use metrics::Metrics;
 pub use node::{Node, ShutdownReport, StartError, WORKSPACE_MAX, cuda_selector};

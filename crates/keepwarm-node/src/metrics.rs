@@ -15,6 +15,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::growth::Growth;
+use crate::handle::ScratchInfo;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BySource {
@@ -40,6 +41,12 @@ struct ByTier {
     kind: &'static str,
 }
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByStream {
+    tier: String,
+    stream: &'static str,
+    kind: &'static str,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfTier {
     tier: String,
 }
@@ -59,8 +66,8 @@ struct ByContext {
 }
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByMove {
-    from: &'static str,
-    to: &'static str,
+    from: String,
+    to: String,
 }
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPlace {
@@ -96,6 +103,7 @@ pub struct Metrics {
     lag_seconds: Gauge<f64, std::sync::atomic::AtomicU64>,
     sessions: Family<ByState, Gauge>,
     tier_bytes: Family<ByTier, Gauge>,
+    scratch_bytes: Family<ByStream, Gauge>,
     tier_seconds_to_full: Family<OfTier, Gauge<f64, std::sync::atomic::AtomicU64>>,
     growth: Mutex<HashMap<String, Growth>>,
     evictions: Family<ByEviction, Counter>,
@@ -129,6 +137,7 @@ impl Default for Metrics {
             lag_seconds: Gauge::default(),
             sessions: Family::default(),
             tier_bytes: Family::default(),
+            scratch_bytes: Family::default(),
             tier_seconds_to_full: Family::default(),
             growth: Mutex::default(),
             evictions: Family::default(),
@@ -163,6 +172,11 @@ impl Default for Metrics {
         r.register("checkpoint_lag_seconds", "Duration of the last checkpoint", metrics.lag_seconds.clone());
         r.register("sessions", "Sessions by state", metrics.sessions.clone());
         r.register("tier_bytes", "Arena bytes by tier and kind", metrics.tier_bytes.clone());
+        r.register(
+            "scratch_bytes",
+            "Temporary memory of a GPU's streams, beside its arena, by kind",
+            metrics.scratch_bytes.clone(),
+        );
         r.register(
             "tier_seconds_to_full",
             "Time until a tier is full at its recent growth; 1e9 where it does not grow",
@@ -228,16 +242,13 @@ impl Metrics {
     }
 
     /// A session came into HBM.
-    pub fn restored(&self, source: Source, took: Duration, bytes: Bytes) {
+    pub fn restored(&self, source: Source, took: Duration) {
         self.restore_seconds.get_or_create(&BySource { source: source.word() }).observe(took.as_secs_f64());
-        if bytes > Bytes::ZERO {
-            self.moved("pinned", "hbm", bytes);
-        }
     }
 
-    /// Bytes moved between tiers.
-    pub fn moved(&self, from: &'static str, to: &'static str, bytes: Bytes) {
-        self.moves.get_or_create(&ByMove { from, to }).inc_by(bytes.0);
+    /// Bytes moved between tiers, or (`hbm:0` to `hbm:1`) between GPUs.
+    pub fn moved(&self, from: &str, to: &str, bytes: Bytes) {
+        self.moves.get_or_create(&ByMove { from: from.to_owned(), to: to.to_owned() }).inc_by(bytes.0);
     }
 
     /// An answer's first token.
@@ -284,6 +295,21 @@ impl Metrics {
         self.tier_seconds_to_full.get_or_create(&OfTier { tier: tier.to_owned() }).set(seconds);
     }
 
+    /// Figures of a GPU's scratch pools.
+    pub fn set_scratch(&self, tier: &str, scratch: &[ScratchInfo]) {
+        for pools in scratch {
+            for (kind, bytes) in [
+                ("reserved", pools.reserved),
+                ("reserved_high", pools.reserved_high),
+                ("used", pools.used),
+                ("used_high", pools.used_high),
+            ] {
+                let labels = ByStream { tier: tier.to_owned(), stream: pools.stream, kind };
+                self.scratch_bytes.get_or_create(&labels).set(i64::try_from(bytes.0).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
     /// Leases running.
     pub fn set_leases(&self, count: i64) {
         self.leases.get_or_create(&ByState { state: "running" }).set(count);
@@ -324,10 +350,12 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use keepwarm_memory::ScratchFigures;
+
     use super::*;
 
     /// What API.md promises of every node.
-    const CONTRACT: [&str; 17] = [
+    const CONTRACT: [&str; 18] = [
         "restore_seconds_count{source=\"pinned\"}",
         "ttft_seconds_count{source=\"hbm\"}",
         "lookups_total{result=\"hit\",reason=\"resident\"}",
@@ -337,6 +365,7 @@ mod tests {
         "sessions{state=\"warm\"}",
         "tier_bytes{tier=\"pinned\",kind=\"largest_free\"}",
         "tier_seconds_to_full{tier=\"pinned\"}",
+        "scratch_bytes{tier=\"hbm:0\",stream=\"links\",kind=\"used_high\"} 9",
         "evictions_total{tier=\"pinned\",reason=",
         "rejects_total{code=\"leased\"} 1",
         "leases{state=\"running\"}",
@@ -356,11 +385,14 @@ mod tests {
             largest_free: Bytes(90),
             fragmentation: 0.0,
         };
-        metrics.restored(Source::Pinned, Duration::from_millis(3), Bytes(10));
+        metrics.restored(Source::Pinned, Duration::from_millis(3));
+        metrics.moved("pinned", "hbm", Bytes(10));
         metrics.ttft(Source::Hbm, Duration::from_millis(3));
         metrics.lookup("hit", "resident");
         metrics.set_sessions("warm", 1);
         metrics.set_tier("pinned", &arena);
+        let pool = |bytes| ScratchFigures { used_high: Bytes(bytes), ..ScratchFigures::default() };
+        metrics.set_scratch("hbm:0", &[ScratchInfo::sum("links", &[pool(4), pool(5)])]);
         metrics.evicted(Tier::Pinned, EvictReason::Room);
         metrics.reject("leased");
         metrics.set_leases(1);

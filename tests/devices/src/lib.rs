@@ -9,8 +9,9 @@ use softcuda::preload::{Preloaded, preload};
 
 /// Which devices tests run on.
 const DEVICE: &str = "KEEPWARM_TEST_DEVICE";
-/// The machine that softcuda plays: its own in each process, so that tests do not take each other's GPUs.
-const MACHINE: &str = "gpus=18,memory=1GiB,uuids=process";
+/// The machine that softcuda plays where `SOFTCUDA_DEVICES` says nothing: its own in each process, so that tests do not take
+/// each other's GPUs.
+const MACHINE: &str = "gpus=20,memory=1GiB,uuids=process";
 
 /// GPUs of a node, each with that much memory. A machine with one real GPU has no second: those are the host's.
 #[must_use]
@@ -33,7 +34,8 @@ pub fn gpus(memory: Bytes, count: u32) -> Vec<GpuConfig> {
 pub fn softcuda() -> Preloaded {
     static OPENED: OnceLock<Preloaded> = OnceLock::new();
     *OPENED.get_or_init(|| {
-        let settings = [("SOFTCUDA_DEVICES", MACHINE), ("SOFTCUDA_RACES", "abort")];
+        let machine = std::env::var("SOFTCUDA_DEVICES").unwrap_or_else(|_| MACHINE.to_owned());
+        let settings = [("SOFTCUDA_DEVICES", machine.as_str()), ("SOFTCUDA_RACES", "abort")];
         preload(&settings).expect("softcuda is built with the tests")
     })
 }

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use keepwarm_core::residency::{EvictReason, Residency, ResidencyCommand, ResidencyEvent, Resident};
 use keepwarm_core::session::Manifest;
-use keepwarm_memory::{Block, Device, DeviceError, DeviceState, Direction, Job};
-use keepwarm_types::{Birth, Bytes, InstanceId, Millis, Owner, SessionKey, Source, Tier, Timestamp};
+use keepwarm_memory::{Block, BlockMut, Device, DeviceError, DeviceState, Direction, Job};
+use keepwarm_types::{Birth, Bytes, InstanceId, Millis, SessionKey, Source, Tier, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
 use super::board::Board;
 use super::message::{GpuMsg, Kept, Loaded};
+use super::near::{Fetched, Near, lend};
 use crate::admission::Permit;
 use crate::clock::now;
 use crate::error::Error;
@@ -22,7 +23,7 @@ use crate::room::{Room, Want};
 /// The watchdog of a copy: a 64 MiB session takes milliseconds, so a device that needs this long hangs.
 pub(crate) const COPY_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a load waits for room.
-const ROOM_WAIT: Millis = Millis(5000);
+pub(super) const ROOM_WAIT: Millis = Millis(5000);
 
 pub(crate) struct GpuActor;
 
@@ -30,6 +31,7 @@ pub(crate) struct GpuArgs {
     pub(crate) board: Arc<Board>,
     pub(crate) residency: Residency,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) near: Near,
 }
 
 /// A session that is resident here.
@@ -47,6 +49,7 @@ pub(crate) struct GpuState {
     device: Arc<dyn Device>,
     room: Room,
     metrics: Arc<Metrics>,
+    near: Arc<Near>,
     sessions: HashMap<SessionKey, Warm>,
     /// Resident instances, and how many sessions have each.
     instances: HashMap<InstanceId, (Block, u32)>,
@@ -61,7 +64,8 @@ impl Actor for GpuActor {
         let device = Arc::clone(args.board.device());
         let room = Room::new(device.arena().clone(), args.residency, Tier::Hbm);
         let (sessions, instances) = (HashMap::new(), HashMap::new());
-        Ok(GpuState { board: args.board, device, room, metrics: args.metrics, sessions, instances })
+        let near = Arc::new(args.near);
+        Ok(GpuState { board: args.board, device, room, metrics: args.metrics, near, sessions, instances })
     }
 
     async fn handle(
@@ -79,9 +83,9 @@ impl Actor for GpuActor {
                 drop(permit);
                 let _ = reply.send(loaded);
             }
-            GpuMsg::Scratch { owner, size, count, deadline, reply } => match state.serving() {
+            GpuMsg::Scratch { owner, sizes, deadline, reply } => match state.serving() {
                 Ok(()) => {
-                    let want = Want { owner, sizes: vec![(size, count)], kept: Bytes::ZERO, deadline, reply };
+                    let want = Want { owner, sizes, kept: Bytes::ZERO, deadline, reply };
                     let evictions = state.room.want(now(), want);
                     state.evict(evictions);
                 }
@@ -111,6 +115,11 @@ impl Actor for GpuActor {
             }
             GpuMsg::Guards { key, reply } => {
                 let _ = reply.send(state.blocks(&key).cloned().collect());
+            }
+            GpuMsg::Lend { owner, instances, reply } => {
+                let serves = state.serving().is_ok();
+                let _ =
+                    reply.send(if serves { lend(&state.instances, &owner, &instances) } else { Vec::new() });
             }
             GpuMsg::Resident { keys, reply } => {
                 let _ = reply.send(keys.iter().map(|key| state.bytes(key)).collect());
@@ -163,7 +172,7 @@ impl GpuState {
         let missing: Vec<_> =
             sources.into_iter().filter(|source| !self.instances.contains_key(&source.instance())).collect();
         if missing.is_empty() {
-            let _ = reply.send(self.arrived(&manifest, Vec::new(), leased_until));
+            let _ = reply.send(self.arrived(&manifest, Fetched::default(), leased_until));
             return;
         }
         // What is already here must not leave while the rest comes.
@@ -171,15 +180,9 @@ impl GpuState {
             warm.leased_until = warm.leased_until.max(now() + Millis(COPY_DEADLINE.as_millis() as u64));
             self.resident(&manifest.key.clone(), true);
         }
-        let owner = Owner { tenant: manifest.key.tenant.clone(), birth: manifest.birth };
-        let sizes = sizes(&missing);
-        let (granted, targets) = oneshot::channel();
-        let want = Want { owner, sizes, kept: Bytes::ZERO, deadline: now() + ROOM_WAIT, reply: granted };
-        let evictions = self.room.want(now(), want);
-        self.evict(evictions);
-        let (device, myself) = (Arc::clone(&self.device), myself.clone());
+        let (near, myself) = (Arc::clone(&self.near), myself.clone());
         tokio::spawn(async move {
-            let copies = copy_in(&*device, missing, targets).await;
+            let copies = near.fetch(&myself, &manifest, missing).await;
             // If the actor has ended, the reply port drops and the caller learns it.
             let _ = myself.cast(GpuMsg::Arrived { manifest, copies, leased_until, permit, reply });
         });
@@ -189,13 +192,13 @@ impl GpuState {
     fn arrived(
         &mut self,
         manifest: &Manifest,
-        copies: Vec<Block>,
+        fetched: Fetched,
         leased_until: Timestamp,
     ) -> Result<Loaded, Error> {
         self.serving()?;
-        let moved: Bytes = copies.iter().map(|copy| Bytes(copy.length() as u64)).sum();
+        let (moved, near) = (fetched.bytes(), fetched.near);
         let mut fresh: HashMap<InstanceId, Block> =
-            copies.into_iter().map(|copy| (copy.instance(), copy)).collect();
+            fetched.copies.into_iter().map(|copy| (copy.instance(), copy)).collect();
         let parts: Vec<Vec<InstanceId>> = manifest
             .parts
             .iter()
@@ -217,8 +220,9 @@ impl GpuState {
         let guard = |instance: &InstanceId| self.instances[instance].0.share(manifest.birth);
         let blocks: Vec<Vec<Block>> = parts.iter().map(|part| part.iter().map(guard).collect()).collect();
         self.install(manifest.key.clone(), manifest.birth, parts, leased_until, None);
-        let source = if moved > Bytes::ZERO { Source::Pinned } else { Source::Hbm };
-        Ok(Loaded { blocks, source, moved })
+        let from_pinned = moved > near.iter().map(|(_, bytes)| *bytes).sum();
+        let source = if from_pinned { Source::Pinned } else { Source::Hbm };
+        Ok(Loaded { blocks, source, moved, near })
     }
 
     /// Makes `parts` what the session has here; with `fresh` bytes whose checkpoint begins.
@@ -346,6 +350,7 @@ impl GpuState {
             // Nothing that a fenced device holds is used again.
             self.sessions.clear();
             self.instances.clear();
+            self.near.close();
         }
         let at = now();
         let ended = |(key, warm): (&SessionKey, &Warm)| {
@@ -366,7 +371,7 @@ fn fenced(name: &str, reason: &str) -> Error {
 }
 
 /// How many blocks of which size the copies need, in the order of the sources.
-fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
+pub(super) fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
     let mut sizes: Vec<(Bytes, usize)> = Vec::new();
     for source in sources {
         let size = source.capacity();
@@ -378,13 +383,14 @@ fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
     sizes
 }
 
-async fn copy_in(
+pub(super) async fn copy_in(
     device: &dyn Device,
     sources: Vec<Block>,
-    targets: oneshot::Receiver<Result<Vec<keepwarm_memory::BlockMut>, Error>>,
+    targets: Vec<BlockMut>,
 ) -> Result<Vec<Block>, Error> {
-    let gone = |_| Error::Internal("the gpu actor ended while a load waited for room".to_owned());
-    let targets = targets.await.map_err(gone)??;
+    if sources.is_empty() {
+        return Ok(Vec::new());
+    }
     let jobs = sources.into_iter().zip(targets).map(|(source, target)| Job { source, target }).collect();
     crate::copy::run(device, Direction::In, jobs, "restore").await
 }

@@ -52,6 +52,10 @@ impl Board {
         self.workspace.as_ref()
     }
 
+    pub(crate) const fn index(&self) -> GpuIndex {
+        self.index
+    }
+
     pub(crate) fn device(&self) -> &Arc<dyn Device> {
         &self.device
     }

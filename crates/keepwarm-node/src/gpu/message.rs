@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use keepwarm_core::session::Manifest;
 use keepwarm_memory::{Block, BlockMut};
-use keepwarm_types::{Birth, Bytes, Owner, SessionKey, Source, Timestamp};
+use keepwarm_types::{Birth, Bytes, GpuIndex, InstanceId, Owner, SessionKey, Source, Timestamp};
 use tokio::sync::oneshot;
 
+use super::near::Fetched;
 use crate::admission::Permit;
 use crate::error::Error;
 
@@ -16,6 +17,8 @@ pub(crate) struct Loaded {
     pub(crate) blocks: Vec<Vec<Block>>,
     pub(crate) source: Source,
     pub(crate) moved: Bytes,
+    /// How much of that came from which other GPU; the rest is from pinned memory.
+    pub(crate) near: Vec<(GpuIndex, Bytes)>,
 }
 
 /// A turn's blocks, to stay resident.
@@ -41,16 +44,15 @@ pub(crate) enum GpuMsg {
     /// A load's copies have arrived, or not.
     Arrived {
         manifest: Arc<Manifest>,
-        copies: Result<Vec<Block>, Error>,
+        copies: Result<Fetched, Error>,
         leased_until: Timestamp,
         permit: Permit,
         reply: oneshot::Sender<Result<Loaded, Error>>,
     },
-    /// Working blocks for a lease holder.
+    /// Blocks to work in, for a lease holder or a load: how many of which size.
     Scratch {
         owner: Owner,
-        size: Bytes,
-        count: usize,
+        sizes: Vec<(Bytes, usize)>,
         deadline: Timestamp,
         reply: oneshot::Sender<Result<Vec<BlockMut>, Error>>,
     },
@@ -66,6 +68,8 @@ pub(crate) enum GpuMsg {
     Demote { key: SessionKey, reply: oneshot::Sender<Option<Bytes>> },
     /// Guards of what a session has here.
     Guards { key: SessionKey, reply: oneshot::Sender<Vec<Block>> },
+    /// Guards of those of these instances that are here, for a copy to another GPU.
+    Lend { owner: Owner, instances: Vec<InstanceId>, reply: oneshot::Sender<Vec<Block>> },
     /// Bytes of these sessions here.
     Resident { keys: Vec<SessionKey>, reply: oneshot::Sender<Vec<Bytes>> },
     /// Time passed.

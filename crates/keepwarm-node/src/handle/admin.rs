@@ -13,10 +13,11 @@ use tokio::sync::{broadcast, oneshot};
 
 use super::inner::{Handle, restarting, send};
 use super::view::{
-    ClusterInfo, ContextInfo, Explanation, GpuInfo, GpuState, NodeEvent, NodeInfo, PinnedInfo, ShardInfo,
+    ClusterInfo, ContextInfo, Explanation, GpuInfo, GpuState, NodeEvent, NodeInfo, PinnedInfo, ScratchInfo,
+    ShardInfo,
 };
 use crate::error::Error;
-use crate::gpu::GpuMsg;
+use crate::gpu::{Board, GpuMsg};
 use crate::pinned::PinnedMsg;
 use crate::router::{RouterMsg, gpu_index};
 use crate::shard::{ShardFigures, ShardMsg};
@@ -65,6 +66,7 @@ impl Handle {
                 arena: board.device().arena().figures().into(),
                 sessions,
                 leases,
+                scratch: self.scratch_pools(board),
                 contexts: contexts
                     .iter()
                     .filter(|((gpu, _), _)| *gpu == index)
@@ -74,6 +76,18 @@ impl Handle {
             }
         };
         self.inner().node.gpus.iter().enumerate().map(gpu).collect()
+    }
+
+    /// Figures of the scratch pools on a GPU.
+    fn scratch_pools(&self, board: &Board) -> Vec<ScratchInfo> {
+        let Some(cuda) = board.device().as_cuda() else { return Vec::new() };
+        let [into, out] = cuda.figures().scratch;
+        let links = self.inner().ways.scratch(board.index());
+        vec![
+            ScratchInfo::sum("in", &[into]),
+            ScratchInfo::sum("out", &[out]),
+            ScratchInfo::sum("links", &links),
+        ]
     }
 
     /// An executor reports its contexts of a model on a GPU.
@@ -230,7 +244,9 @@ impl Handle {
     pub(crate) async fn refresh_metrics(&self) {
         let (mut leases, mut resident) = (0, 0);
         for gpu in self.gpus() {
-            self.metrics().set_tier(&format!("hbm:{}", gpu.index), &gpu.arena);
+            let tier = format!("hbm:{}", gpu.index);
+            self.metrics().set_tier(&tier, &gpu.arena);
+            self.metrics().set_scratch(&tier, &gpu.scratch);
             leases += gpu.leases;
             resident += gpu.sessions;
         }

@@ -23,7 +23,7 @@ use crate::clock::now;
 use crate::cluster::Cluster;
 use crate::disk::DiskWatch;
 use crate::error::Error;
-use crate::gpu::Board;
+use crate::gpu::{Board, Loaded, Ways};
 use crate::links::Links;
 use crate::metrics::Metrics;
 use crate::pinned::{PinnedMsg, Pool, ROOM_WAIT, Reserve};
@@ -57,6 +57,8 @@ pub(crate) struct Inner {
     pub(crate) cluster: Option<Arc<Cluster>>,
     pub(crate) boards: Vec<Arc<Board>>,
     pub(crate) links: Arc<Links>,
+    /// Between its GPUs.
+    pub(crate) ways: Arc<Ways>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) book: Book,
     pub(super) admission: Admission,
@@ -80,6 +82,7 @@ impl Inner {
         Self {
             name: parts.node.name.clone(),
             links: Arc::new(Links::new(parts.config.shards)),
+            ways: Arc::default(),
             metrics: Arc::default(),
             book: Book::new(&parts.config.tenants),
             admission: Admission::new(),
@@ -340,6 +343,29 @@ impl Handle {
             let _ = router.cast(RouterMsg::Moved(key.clone(), moved));
         }
         self.emit("move", Some(key), format!("{from} to {to}: {why}"), bytes, took);
+    }
+
+    /// Remembers and tells where a load's bytes came from.
+    pub(super) fn note_loaded(
+        &self,
+        key: &SessionKey,
+        gpu: GpuIndex,
+        loaded: &Loaded,
+        why: &'static str,
+        took: Duration,
+    ) {
+        let to = format!("hbm:{gpu}");
+        let near: Bytes = loaded.near.iter().map(|(_, bytes)| *bytes).sum();
+        for (from, bytes) in &loaded.near {
+            let from = format!("hbm:{from}");
+            self.metrics().moved(&from, &to, *bytes);
+            self.note_move(key, &from, &to, *bytes, why, took);
+        }
+        let rest = loaded.moved.saturating_sub(near);
+        if rest > Bytes::ZERO {
+            self.metrics().moved("pinned", "hbm", rest);
+            self.note_move(key, "pinned", &to, rest, why, took);
+        }
     }
 
     /// Tells a failure.

@@ -20,6 +20,6 @@ pub use request::{
 };
 pub use view::{
     Activation, ArenaInfo, CheckpointInfo, ClusterInfo, ContextInfo, Explanation, Freed, GpuInfo, GpuState,
-    Move, NodeEvent, NodeInfo, PinnedInfo, Receipt, SessionInfo, SessionPage, ShardInfo, TierBytes,
-    TranscriptInfo, TurnDone, Verdict, WriteDone,
+    Move, NodeEvent, NodeInfo, PinnedInfo, Receipt, ScratchInfo, SessionInfo, SessionPage, ShardInfo,
+    TierBytes, TranscriptInfo, TurnDone, Verdict, WriteDone,
 };

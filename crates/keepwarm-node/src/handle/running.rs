@@ -184,6 +184,7 @@ impl Handle {
                 blocks: vec![Vec::new(); manifest.parts.len()],
                 source: Source::None,
                 moved: Bytes::ZERO,
+                near: Vec::new(),
             });
         }
         let permit = self.admission().restore().await?;
@@ -216,18 +217,9 @@ impl Handle {
         let result = if loaded.source == Source::None { "miss" } else { "hit" };
         self.metrics().lookup(result, why);
         if loaded.source != Source::None {
-            self.metrics().restored(loaded.source, took, loaded.moved);
+            self.metrics().restored(loaded.source, took);
         }
-        if loaded.moved > Bytes::ZERO {
-            self.note_move(
-                &manifest.key,
-                "pinned",
-                &format!("hbm:{}", home.gpu),
-                loaded.moved,
-                "activate",
-                took,
-            );
-        }
+        self.note_loaded(&manifest.key, home.gpu, loaded, "activate", took);
         if let Ok(router) = self.links().router() {
             let _ = router.cast(RouterMsg::Homed(manifest.key.clone(), home.gpu));
             let _ = router.cast(RouterMsg::Found(manifest.key.clone(), loaded.source, why));
@@ -361,8 +353,12 @@ impl Handle {
     ) -> Result<Vec<BlockMut>, Error> {
         let actor = self.links().gpu(gpu).ok_or_else(|| no_gpu(gpu, self.inner().boards.len()))?;
         let (reply, blocks) = oneshot::channel();
-        let scratch =
-            GpuMsg::Scratch { owner: owner.clone(), size, count, deadline: now() + SCRATCH_WAIT, reply };
+        let scratch = GpuMsg::Scratch {
+            owner: owner.clone(),
+            sizes: vec![(size, count)],
+            deadline: now() + SCRATCH_WAIT,
+            reply,
+        };
         send(&actor, scratch, "the GPU's actor")?;
         blocks.await.map_err(|_| restarting("the GPU's actor"))?
     }
@@ -492,9 +488,7 @@ impl Handle {
             return Ok(verdict(Outcome::Missing, "the session has no bytes yet"));
         }
         let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, now()).await?;
-        if loaded.moved > Bytes::ZERO {
-            self.note_move(key, "pinned", &format!("hbm:{}", home.gpu), loaded.moved, why, started.elapsed());
-        }
+        self.note_loaded(key, home.gpu, &loaded, why, started.elapsed());
         send(self.links().router()?, RouterMsg::Homed(key.clone(), home.gpu), "the router")?;
         Ok(verdict(Outcome::Accepted, format!("{} moved to GPU {}", loaded.moved, home.gpu)))
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use keepwarm_core::session::{Etag, Home, Lease, Manifest, Message};
 use keepwarm_core::shard::{LeaseView, Staged, Written};
-use keepwarm_memory::Block;
+use keepwarm_memory::{Block, ScratchFigures};
 use keepwarm_types::{
     Birth, Bytes, Durability, GpuIndex, Incarnation, Millis, NodeName, Outcome, Revision, SessionId, ShardId,
     Source, Tier, Timestamp, Tokens,
@@ -79,9 +79,9 @@ pub struct Activation {
     pub lease: Lease,
     /// Where it runs.
     pub home: Home,
-    /// Where the bytes were.
+    /// Where the bytes were: `hbm` where nothing was moved, or all that was came from other GPUs of the node.
     pub source: Source,
-    /// Bytes that were moved into HBM.
+    /// Bytes that were moved into this GPU.
     pub bytes_moved: Bytes,
     /// How long that took.
     pub duration: Duration,
@@ -211,6 +211,34 @@ impl From<keepwarm_memory::ArenaFigures> for ArenaInfo {
     }
 }
 
+/// Figures of scratch pools on a GPU: temporary memory of its streams, beside the arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScratchInfo {
+    /// Whose: `in` and `out` are the streams of work into the GPU and out of it, `links` those of all links that lead to it.
+    pub stream: &'static str,
+    /// What the pools have of the GPU.
+    pub reserved: Bytes,
+    /// The most that they had; of several, their sum.
+    pub reserved_high: Bytes,
+    /// What is in use.
+    pub used: Bytes,
+    /// The most that was; of several, their sum.
+    pub used_high: Bytes,
+}
+
+impl ScratchInfo {
+    pub(crate) fn sum(stream: &'static str, pools: &[ScratchFigures]) -> Self {
+        let sum = |of: fn(&ScratchFigures) -> Bytes| pools.iter().map(of).sum();
+        Self {
+            stream,
+            reserved: sum(|pool| pool.reserved),
+            reserved_high: sum(|pool| pool.reserved_high),
+            used: sum(|pool| pool.used),
+            used_high: sum(|pool| pool.used_high),
+        }
+    }
+}
+
 /// Contexts of one model on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContextInfo {
@@ -239,6 +267,8 @@ pub struct GpuInfo {
     pub sessions: u64,
     /// Leases running.
     pub leases: u64,
+    /// Its streams' temporary memory; nothing of a host device.
+    pub scratch: Vec<ScratchInfo>,
     /// Contexts per model.
     pub contexts: Vec<ContextInfo>,
     /// Committed bytes that have no pinned copy yet.

@@ -12,7 +12,7 @@ use keepwarm_memory::Arena;
 use keepwarm_types::{Bytes, Generation, Millis, ShardId, Timestamp};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
-use crate::gpu::{GpuActor, GpuArgs};
+use crate::gpu::{GpuActor, GpuArgs, Near};
 use crate::handle::Handle;
 use crate::pinned::{PinnedActor, PinnedArgs};
 use crate::router::{RouterActor, RouterArgs};
@@ -113,10 +113,18 @@ impl NodeState {
         let inner = self.handle.inner();
         let board = Arc::clone(&inner.boards[index]);
         let capacity = board.device().arena().figures().reserved;
+        let near = Near {
+            index: board.index(),
+            boards: inner.boards.clone(),
+            links: Arc::clone(&inner.links),
+            ways: Arc::clone(&inner.ways),
+            metrics: Arc::clone(&inner.metrics),
+        };
         let args = GpuArgs {
             board,
             residency: residency(&self.handle, capacity, true),
             metrics: Arc::clone(&inner.metrics),
+            near,
         };
         let (actor, _) = Actor::spawn_linked(None, GpuActor, args, supervisor.clone()).await?;
         self.children.insert(actor.get_id(), Child::Gpu(index));

@@ -8,7 +8,7 @@ use super::faults::{fault_under_load, run};
 use super::*;
 
 /// A node on two of softcuda's devices, from this number on.
-async fn start_on(first: u32) -> Node {
+pub(crate) async fn start_on(first: u32) -> Node {
     softcuda();
     let gpu = |number| GpuConfig { device: DeviceKind::Cuda(number), memory: Bytes(8 << 20) };
     let config = config_on(vec![gpu(first), gpu(first + 1)], None, 64 << 20);
@@ -56,6 +56,12 @@ async fn a_device_that_disappears_under_load() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_event_for_which_there_is_no_memory_under_load() {
     fences(8, "cuEventRecord fail 2", "CUDA_ERROR_OUT_OF_MEMORY").await;
+}
+
+//= GUARANTEES.md#G9
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_of_a_copy_to_another_gpu_under_load() {
+    fences(18, "cuMemcpyPeerAsync async-sticky 700", "CUDA_ERROR_ILLEGAL_ADDRESS").await;
 }
 
 //= GUARANTEES.md#G9

@@ -4,6 +4,7 @@
 mod cuda;
 mod damage;
 mod faults;
+mod near;
 
 use std::future::Future;
 use std::path::Path;
