@@ -42,6 +42,23 @@ pub struct Contexts {
     pub bytes: u64,
 }
 
+/// Temporary memory of a GPU's streams, beside its arena, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scratch {
+    /// `in` and `out`: work into the GPU and out of it; `links`: what comes from other GPUs.
+    pub stream: String,
+    /// What its pools have of the GPU.
+    pub reserved_bytes: u64,
+    /// The most that they had.
+    #[serde(default)]
+    pub reserved_high_bytes: u64,
+    /// In use.
+    pub used_bytes: u64,
+    /// The most that was.
+    #[serde(default)]
+    pub used_high_bytes: u64,
+}
+
 /// A GPU.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Gpu {
@@ -60,6 +77,9 @@ pub struct Gpu {
     pub sessions: u64,
     /// Leases running.
     pub leases: u64,
+    /// Its streams' temporary memory; nothing of a GPU that is the host's memory.
+    #[serde(default)]
+    pub scratch: Vec<Scratch>,
     /// Per model.
     #[serde(default)]
     pub contexts: Vec<Contexts>,

@@ -53,7 +53,7 @@ pub use chat::{
     ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, Model, PromptDetails, Usage,
 };
 pub use client::{Client, ClientBuilder};
-pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Shard, ShardMap, Spec};
+pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Scratch, Shard, ShardMap, Spec};
 pub use error::{ClientError, Problem};
 pub use etag::{Etag, ParseEtagError};
 pub use session::{

@@ -157,7 +157,7 @@ pub struct Activation {
     pub lease: Lease,
     /// Where it runs.
     pub home: Home,
-    /// Where its bytes were.
+    /// Where its bytes were; `hbm` with bytes moved: on another GPU of the node.
     pub source: Source,
     /// Bytes that were moved into the GPU's memory.
     pub bytes_moved: u64,

@@ -67,6 +67,10 @@ async fn a_gpus_figures_move_with_its_sessions() {
     for (n, gpu) in before.iter().enumerate() {
         assert_eq!((&gpu["gpu"], &gpu["state"], &gpu["reason"]), (&json!(n), &json!("up"), &Value::Null));
         assert_eq!((&gpu["leases"], &gpu["sessions"]), (&json!(0), &json!(0)), "{gpu}");
+        let streams =
+            gpu["scratch"].as_array().unwrap().iter().map(|pools| pools["stream"].as_str().unwrap());
+        let expected: &[&str] = if gpu["device"] == "host" { &[] } else { &["in", "out", "links"] };
+        assert_eq!(streams.collect::<Vec<_>>(), expected, "{gpu}");
     }
     let used = |gpu: &Value| gpu["arena"]["used_bytes"].as_u64().unwrap();
     let active = server.post(&format!("{path}/activate"), &json!({"gpu": 1})).await;

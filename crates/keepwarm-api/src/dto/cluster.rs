@@ -1,7 +1,7 @@
 //! What operators see, over HTTP.
 
 use keepwarm_core::registry::{NodeState, NodeStatus};
-use keepwarm_node::{ArenaInfo, ClusterInfo, GpuInfo, GpuState, NodeEvent, NodeInfo, ShardInfo};
+use keepwarm_node::{ArenaInfo, ClusterInfo, GpuInfo, GpuState, NodeEvent, NodeInfo, ScratchInfo, ShardInfo};
 use serde_json::{Value, json};
 
 use super::time::rfc3339;
@@ -12,6 +12,16 @@ fn arena(arena: &ArenaInfo) -> Value {
         "used_bytes": arena.used.0,
         "largest_free_bytes": arena.largest_free.0,
         "fragmentation": arena.fragmentation,
+    })
+}
+
+fn scratch(info: &ScratchInfo) -> Value {
+    json!({
+        "stream": info.stream,
+        "reserved_bytes": info.reserved.0,
+        "reserved_high_bytes": info.reserved_high.0,
+        "used_bytes": info.used.0,
+        "used_high_bytes": info.used_high.0,
     })
 }
 
@@ -31,6 +41,7 @@ pub(crate) fn gpu(info: &GpuInfo) -> Value {
         "arena": arena(&info.arena),
         "sessions": info.sessions,
         "leases": info.leases,
+        "scratch": info.scratch.iter().map(scratch).collect::<Vec<_>>(),
         "contexts": contexts.collect::<Vec<_>>(),
         "dirty_bytes": info.dirty.0,
     })
@@ -106,4 +117,42 @@ pub(crate) fn event(event: &NodeEvent) -> Value {
         "bytes": event.bytes.0,
         "duration_ms": event.duration.0,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use keepwarm_types::{Bytes, GpuIndex};
+
+    use super::*;
+
+    #[test]
+    fn a_gpu_shows_the_temporary_memory_of_its_streams() {
+        let pools = ScratchInfo {
+            stream: "links",
+            reserved: Bytes(4),
+            reserved_high: Bytes(5),
+            used: Bytes(2),
+            used_high: Bytes(3),
+        };
+        let info = GpuInfo {
+            index: GpuIndex(1),
+            device: "cuda:1".to_owned(),
+            state: GpuState::Up,
+            arena: ArenaInfo::default(),
+            sessions: 0,
+            leases: 0,
+            scratch: vec![pools],
+            contexts: Vec::new(),
+            dirty: Bytes(0),
+        };
+        let shown = json!([{
+            "stream": "links", "reserved_bytes": 4, "reserved_high_bytes": 5, "used_bytes": 2, "used_high_bytes": 3,
+        }]);
+        assert_eq!(gpu(&info)["scratch"], shown);
+        assert_eq!(
+            gpu(&GpuInfo { scratch: Vec::new(), ..info })["scratch"],
+            json!([]),
+            "a host device has none"
+        );
+    }
 }

@@ -101,7 +101,7 @@ pub(crate) async fn shards(State(state): State<ApiState>, _: Caller) -> Answer<V
 
 /// This node's GPUs.
 #[utoipa::path(get, path = "/v1/gpus", tag = "admin",
-    responses((status = 200, description = "Arena, contexts, leases, state"), (status = "default", description = "A problem document")))]
+    responses((status = 200, description = "Arena, scratch of its streams, contexts, leases, state"), (status = "default", description = "A problem document")))]
 pub(crate) async fn gpus(State(state): State<ApiState>, _: Caller) -> Answer<Value> {
     Answer(json!({"gpus": state.handle.gpus().iter().map(cluster::gpu).collect::<Vec<_>>()}))
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use keepwarm_core::session::Manifest;
-use keepwarm_memory::{Block, BlockMut, DeviceError, Job, Link, TransferError};
+use keepwarm_memory::{Block, BlockMut, CUDA_PATIENCE, DeviceError, Job, Link, TransferError};
 use keepwarm_types::{Bytes, GpuIndex, InstanceId, Owner};
 use ractor::ActorRef;
 use tokio::sync::oneshot;
@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 /// What a load gives its links before it takes everything from pinned memory: half of the watchdog's time. A device that hangs
 /// is fenced by its own watchdog before (`CUDA_PATIENCE`), and that ends what waits for it.
 const NEAR_DEADLINE: Duration = Duration::from_secs(COPY_DEADLINE.as_secs() / 2);
+const _: () = assert!(NEAR_DEADLINE.as_secs() > CUDA_PATIENCE.as_secs());
 
 /// The other GPUs of the node, as one of them sees them.
 pub(crate) struct Near {
