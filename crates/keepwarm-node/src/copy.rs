@@ -1,14 +1,14 @@
 //! Running a batch of copies on a device, with the watchdog.
 
 use keepwarm_memory::{Block, Device, Direction, Job};
-use keepwarm_types::{InstanceId, Millis};
+use keepwarm_types::Millis;
 
 use crate::error::Error;
 use crate::gpu::COPY_DEADLINE;
 
 /// The first of these that does not have the bytes it was sealed with.
-pub(crate) async fn first_damaged(blocks: Vec<Block>) -> Option<InstanceId> {
-    let damaged = move || blocks.iter().find(|block| block.verify().is_err()).map(Block::instance);
+pub(crate) async fn first_damaged(blocks: Vec<Block>) -> Option<Block> {
+    let damaged = move || blocks.into_iter().find(|block| block.verify().is_err());
     // Where the runtime ends nobody asks any more.
     tokio::task::spawn_blocking(damaged).await.ok().flatten()
 }

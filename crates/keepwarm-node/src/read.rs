@@ -235,7 +235,8 @@ impl Chunks {
             return Ok(());
         }
         self.blocks[index].verify().map_err(|corrupt| {
-            self.handle.damaged_while_read(&self.manifest, &self.blocks[index]);
+            let (key, birth) = (&self.manifest.key, self.manifest.birth);
+            self.handle.met_damage("read", key, birth, &self.blocks[index]);
             Error::Corrupt { at: "read", detail: corrupt.to_string() }
         })?;
         self.verified = Some(index);

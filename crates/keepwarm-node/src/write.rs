@@ -134,7 +134,7 @@ impl WriteSink {
             self.reserve(tail_bytes + body.0).await?;
         }
         let Some(tail) = tail else { return Ok(()) };
-        tail.verify().map_err(|corrupt| self.corrupt(&corrupt))?;
+        tail.verify().map_err(|corrupt| self.corrupt(&tail, &corrupt))?;
         if let Some(planes) = self.plan.planes {
             let unit = planes.token_bytes();
             let Some(body) = self.request.body else {
@@ -152,8 +152,8 @@ impl WriteSink {
         self.fill(&bytes[..self.plan.tail_bytes as usize]).await
     }
 
-    fn corrupt(&self, corrupt: &keepwarm_memory::Corrupt) -> Error {
-        self.handle.metrics().checksum_failed("append");
+    fn corrupt(&self, tail: &Block, corrupt: &keepwarm_memory::Corrupt) -> Error {
+        self.handle.met_damage("append", &self.key, self.owner.birth, tail);
         Error::Corrupt { at: "append", detail: corrupt.to_string() }
     }
 

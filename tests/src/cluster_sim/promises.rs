@@ -34,8 +34,10 @@ pub struct Promises {
     pub told: BTreeMap<SessionKey, Told>,
     /// Processes that have ended, or were taken out of a set.
     pub gone: BTreeSet<Member>,
-    /// Whose copy of a life's bytes was found damaged.
+    /// Whose copy of a life's bytes was found damaged, and not made anew since.
     pub damaged: BTreeSet<(SessionKey, Birth, Member)>,
+    /// The last placement of a life's bytes.
+    last: BTreeMap<(SessionKey, Birth), Arc<[Member]>>,
     /// Who answered for a shard in each generation.
     pub primaries: BTreeMap<(ShardId, Generation), Member>,
     /// By state, every placement of its bytes that was on its way to a disk.
@@ -59,6 +61,14 @@ impl Promises {
     /// A primary decides who holds a state's bytes.
     pub fn placed(&mut self, manifest: &Manifest) {
         if manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
+            let life = (manifest.key.clone(), manifest.birth);
+            let before = self.last.insert(life, Arc::clone(&manifest.holders));
+            for holder in manifest.holders.iter() {
+                // Who was relieved of the bytes and holds them again has other ones.
+                if before.as_ref().is_some_and(|before| !before.contains(holder)) {
+                    self.damaged.remove(&(manifest.key.clone(), manifest.birth, holder.clone()));
+                }
+            }
             let state = (manifest.key.clone(), manifest.birth, manifest.revision.0);
             let all = self.placements.entry(state).or_default();
             if !all.contains(&manifest.holders) {

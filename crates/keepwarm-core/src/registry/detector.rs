@@ -63,7 +63,7 @@ pub struct Conditions {
     /// Who can take no more copies is no learner.
     pub not_learning: BTreeSet<NodeName>,
     /// Who is much slower than others, by the word of as many as it takes to declare a failure. It is replaced where
-    /// another node can take its place, once that has everything.
+    /// another node can take its place: that first has every manifest, and no session has too few copies of its bytes.
     pub slow: BTreeSet<NodeName>,
 }
 

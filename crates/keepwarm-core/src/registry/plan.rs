@@ -105,7 +105,7 @@ fn share(
         if nodes[&from].replicas <= bar {
             continue;
         }
-        let Some(to) = best_learner(set, nodes) else { continue };
+        let Some(to) = best_learner(set, nodes).filter(|place| !nodes[place].slow) else { continue };
         if nodes[&from].replicas <= SHARE_RATIO * (nodes[&to].replicas + 1) {
             continue;
         }
@@ -124,7 +124,7 @@ fn share(
 
 /// The fewest replicas of a node that could take more.
 fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
-    let takes = nodes.values().filter(|node| node.takes_more());
+    let takes = nodes.values().filter(|node| node.takes_more() && !node.slow);
     takes.map(|node| node.replicas).min()
 }
 
@@ -138,7 +138,7 @@ fn storing<'r>(registry: &'r Registry, conditions: &Conditions) -> HashMap<Place
             let slow = conditions.slow.contains(name);
             // Whoever waits for its copies would wait for its own, too.
             let leads = !slow && !conditions.not_leading.contains(name);
-            let learns = !slow && !conditions.not_learning.contains(name);
+            let learns = !conditions.not_learning.contains(name);
             let (replicas, primaries, learning) = (0, 0, 0);
             (
                 place,
@@ -191,7 +191,8 @@ fn next(
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
-    if cut_off(primary, set, apart)
+    let slow = nodes.get(&primary).is_some_and(|node| node.slow);
+    if (slow || cut_off(primary, set, apart))
         && let Some(change) = better_primary(set, primary, nodes, apart)
     {
         return Some(change);
@@ -206,7 +207,7 @@ fn next(
     let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.slow);
     // In first, then out: a slow copy is better than none.
     let dawdles = set.len() == size && set.members().any(is_slow);
-    if staying < size || dawdles && best_learner(set, nodes).is_some() {
+    if staying < size || dawdles && best_learner(set, nodes).is_some_and(|place| !is_slow(place)) {
         if let Some(place) = best_learner(set, nodes) {
             let node = nodes.get_mut(&place)?;
             (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
@@ -237,14 +238,14 @@ fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
         .map(|(_, place)| place)
 }
 
-/// Who has least of the nodes that could join the set, one of another zone first.
+/// Who has least of the nodes that could join the set: one that is slow last, one of another zone first.
 fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
     let zones: Vec<_> = set.members().filter_map(|place| nodes.get(&place)).map(|node| node.zone).collect();
     let free = |node: &&Storing<'_>| node.takes_more() && !set.has(node.place);
     nodes
         .values()
         .filter(free)
-        .min_by_key(|node| (zones.contains(&node.zone), node.replicas, node.place))
+        .min_by_key(|node| (node.slow, zones.contains(&node.zone), node.replicas, node.place))
         .map(|node| node.place)
 }
 

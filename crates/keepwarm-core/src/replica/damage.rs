@@ -8,7 +8,7 @@ use keepwarm_types::{Birth, InstanceId, SessionKey, Timestamp};
 
 use super::event::ReplicaCommand;
 use super::state::{Part, Replica};
-use crate::session::State;
+use crate::session::{Stamp, State};
 use crate::shard::{Answer, Event, Refusal, Request, Verb};
 
 impl Replica {
@@ -31,10 +31,19 @@ impl Replica {
         }
     }
 
-    /// The same, found when the bytes were sent to another node.
-    pub(super) fn found_damaged(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+    /// The same, found when the bytes of this state were sent to another node.
+    pub(super) fn found_damaged(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        met: Stamp,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
         let Part::Primary(office) = &self.part else { return };
-        // It is found again when it is sent again.
+        // What it is since then may have other bytes. If not, it is found again when it is sent again.
+        if office.committed_head(key) != Some(met) {
+            return;
+        }
         if office.shard.changing(key) || self.saving.contains_key(key) || !office.is_settled(key) {
             return;
         }

@@ -245,7 +245,7 @@ impl Replica {
                     let has = blocks.into_iter().collect();
                     office.caught_up.insert(key, CaughtUp { member: to, has, at: now });
                 }
-                Err(CopyFailed::Damaged) => self.found_damaged(now, &key, out),
+                Err(CopyFailed::Damaged) => self.found_damaged(now, &key, met, out),
                 // Somebody else may have room, or it may have some later.
                 Err(_) => self.turn_to_the_next(now, &key),
             },

@@ -193,7 +193,7 @@ impl Replica {
         let Moving { key, birth, met, away, to, blocks, began, asker } = moving;
         let brought = if to == me { blocks } else { Vec::new() };
         let Part::Primary(office) = &mut self.part else { return };
-        if result.is_err() {
+        if result.is_err() && result != Err(CopyFailed::Damaged) {
             office.full.insert(to.clone(), now + FULL_FOR);
         }
         let committed = office.shard.committed(&key).filter(|manifest| manifest.stamp == met);
@@ -225,6 +225,10 @@ impl Replica {
         if to == me && result == Err(CopyFailed::Gone) {
             self.lacks(&away, &key);
         }
+        if result == Err(CopyFailed::Damaged) {
+            // Whoever it should leave keeps it: the copy that is none any more is this node's.
+            self.found_damaged(now, &key, met, out);
+        }
         match asker {
             Some(id) => {
                 let why = match result {
@@ -234,9 +238,10 @@ impl Replica {
                 };
                 self.hold(now, id, Err(Refusal::Conflict(why.to_owned())), out);
             }
-            None if result == Err(CopyFailed::Damaged) && away == me => self.found_damaged(now, &key, out),
             // Another replica may have room.
-            None if result.is_err() => self.make_room(now, &key, birth, &away, out),
+            None if result.is_err() && result != Err(CopyFailed::Damaged) => {
+                self.make_room(now, &key, birth, &away, out);
+            }
             None => self.stays(&key, &away, out),
         }
     }

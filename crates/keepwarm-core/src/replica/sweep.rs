@@ -357,8 +357,18 @@ impl Replica {
         }
     }
 
-    /// A learner that has every manifest becomes a replica; it had to have each change since it came.
+    /// A learner that has every manifest becomes a replica; it had to have each change since it came. Into a set that has
+    /// its size already it comes in somebody's place, who then leaves with the bytes that it has: not while copies of
+    /// any session are too few.
+    //= GUARANTEES.md#G10
     fn promote_learner(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        let replaces = self.set.replicas.len() > self.settings.replication;
+        let Part::Primary(office) = &self.part else { return };
+        let lacks =
+            |sick: &SessionKey| office.shard.committed(sick).is_some_and(|manifest| self.too_few(manifest));
+        if replaces && office.sick.keys().any(lacks) {
+            return;
+        }
         let Part::Primary(office) = &mut self.part else { return };
         let ready = office.peers.iter().any(|peer| peer.learner && peer.filled());
         if ready && office.swept && office.proposed.is_none() {

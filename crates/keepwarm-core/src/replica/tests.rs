@@ -346,6 +346,43 @@ fn a_learner_is_proposed_only_when_it_has_every_manifest() {
     }
 }
 
+//= GUARANTEES.md#G10
+#[test]
+fn nobody_comes_in_anothers_place_while_copies_are_too_few() {
+    let mut net = Net::new(4);
+    net.adopt(&set(1, &[1, 2, 3], None));
+    let key = net.create(1);
+    let commands = net.ask(0, 2, &key, write(5));
+    net.run(0, commands);
+    // Node 2 held the bytes; node 3 has no room for them yet.
+    net.full = vec![member(3)];
+    let refused = |net: &mut Net, commands: Vec<ReplicaCommand>| {
+        let (copies, rest): (Vec<_>, Vec<_>) =
+            commands.into_iter().partition(|command| matches!(command, ReplicaCommand::Copy { .. }));
+        net.run(0, rest);
+        for copy in copies {
+            let ReplicaCommand::Copy { id, .. } = copy else { continue };
+            let commands = net.replicas[0].on(NOW, ReplicaEvent::Copied(id, Err(CopyFailed::NoRoom)));
+            net.run(0, commands);
+        }
+    };
+    for members in [set(2, &[1, 3], None), set(3, &[1, 3, 4], None), set(4, &[1, 3, 4], Some(2))] {
+        for at in [1, 2, 3] {
+            net.replicas[at].on(NOW, ReplicaEvent::Set(Arc::clone(&members)));
+        }
+        let commands = net.replicas[0].on(NOW, ReplicaEvent::Set(members));
+        refused(&mut net, commands);
+    }
+    assert_eq!(net.replicas[0].under_replicated(), 1);
+    assert_eq!(net.proposed, [], "who would leave may have the last copy");
+    for step in 1..100 {
+        let commands = net.replicas[0].on(NOW + Millis(50 * step), ReplicaEvent::Tick);
+        net.run(0, commands);
+    }
+    assert_eq!(net.replicas[0].under_replicated(), 0);
+    assert_eq!(net.proposed, [Change::Promote]);
+}
+
 //= GUARANTEES.md#G11
 #[test]
 fn a_comparison_that_comes_late_drops_nothing_that_came_since() {

@@ -317,6 +317,27 @@ impl Shard {
         }
     }
 
+    /// The only copy is damaged. Nothing to do where the session does not name the block any more; refused where another
+    /// node has come to hold the bytes while this waited for its turn.
+    pub(super) fn condemn(
+        &mut self,
+        now: Timestamp,
+        id: RequestId,
+        key: &SessionKey,
+        birth: Birth,
+        damaged: InstanceId,
+        out: &mut Vec<Command>,
+    ) -> Handled {
+        let manifest = self.live(key)?.manifest()?;
+        if !manifest.instances().any(|block| block.instance == damaged) {
+            return Ok(Some(Answer::Done));
+        }
+        if manifest.holders.iter().any(|holder| *holder != self.settings.member) {
+            return Err(mismatch(manifest));
+        }
+        self.go_cold(now, id, key, birth, ColdReason::Corrupt, true, out)
+    }
+
     pub(super) fn go_cold(
         &mut self,
         now: Timestamp,

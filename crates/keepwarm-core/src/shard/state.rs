@@ -251,13 +251,7 @@ impl Shard {
             Verb::Truncate { cut, precondition } => self.truncate(now, id, key, cut, precondition, out),
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
-            Verb::Condemn { birth, damaged } => {
-                let manifest = self.live(key)?.manifest()?;
-                if !manifest.instances().any(|block| block.instance == damaged) {
-                    return Ok(Some(Answer::Done));
-                }
-                self.go_cold(now, id, key, birth, ColdReason::Corrupt, true, out)
-            }
+            Verb::Condemn { birth, damaged } => self.condemn(now, id, key, birth, damaged, out),
             Verb::Demote => Err(Refusal::Conflict("no other node can hold its bytes".to_owned())),
             Verb::Place { birth, met, holders, brought } => {
                 self.place(id, key, (birth, met), &holders, brought, out)

@@ -371,7 +371,7 @@ fn fenced(name: &str, reason: &str) -> Error {
 }
 
 /// How many blocks of which size the copies need, in the order of the sources.
-pub(super) fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
+pub(super) fn sizes<'b>(sources: impl IntoIterator<Item = &'b Block>) -> Vec<(Bytes, usize)> {
     let mut sizes: Vec<(Bytes, usize)> = Vec::new();
     for source in sources {
         let size = source.capacity();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use keepwarm_core::session::Manifest;
 use keepwarm_memory::{Block, BlockMut, CUDA_PATIENCE, DeviceError, Job, Link, TransferError};
-use keepwarm_types::{Bytes, GpuIndex, InstanceId, Owner};
+use keepwarm_types::{Bytes, GpuIndex, InstanceId, Millis, Owner};
 use ractor::ActorRef;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
@@ -30,6 +30,9 @@ use crate::metrics::Metrics;
 /// is fenced by its own watchdog before (`CUDA_PATIENCE`), and that ends what waits for it.
 const NEAR_DEADLINE: Duration = Duration::from_secs(COPY_DEADLINE.as_secs() / 2);
 const _: () = assert!(NEAR_DEADLINE.as_secs() > CUDA_PATIENCE.as_secs());
+
+/// How long a load waits for room while it has guards of other GPUs' blocks.
+const NEAR_ROOM_WAIT: Millis = Millis(250);
 
 /// The other GPUs of the node, as one of them sees them.
 pub(crate) struct Near {
@@ -101,16 +104,25 @@ impl Near {
         let here = self.here().ok_or_else(|| Error::Internal(format!("there is no GPU {}", self.index)))?;
         let owner = Owner { tenant: manifest.key.tenant.clone(), birth: manifest.birth };
         let deadline = Instant::now() + NEAR_DEADLINE;
-        let lent = self.lent(here, &owner, &missing, deadline).await;
+        let mut lent = self.lent(here, &owner, &missing, deadline).await;
         let from_near: HashSet<_> = lent.iter().flat_map(|lent| &lent.blocks).map(Block::instance).collect();
         let rest = |came: &HashSet<InstanceId>| -> Vec<Block> {
             missing.iter().filter(|block| !came.contains(&block.instance())).cloned().collect()
         };
-        let far = rest(&from_near);
+        let mut far = rest(&from_near);
         // What comes over a link lies there as it lies here: the source in HBM says how long it is.
-        let all: Vec<_> = lent.iter().flat_map(|lent| &lent.blocks).chain(&far).cloned().collect();
-        let mut targets = room(myself, &owner, sizes(&all)).await?.into_iter();
-        drop(all);
+        let wanted = sizes(lent.iter().flat_map(|lent| &lent.blocks).chain(&far));
+        let wait = if lent.is_empty() { ROOM_WAIT } else { NEAR_ROOM_WAIT };
+        let mut targets = match room(myself, &owner, wanted, wait).await {
+            Ok(targets) => targets.into_iter(),
+            Err(error) if lent.is_empty() => return Err(error),
+            Err(_) => {
+                // The other GPU may wait for the memory of what it lends, while this one waits for its.
+                lent.clear();
+                far = missing.clone();
+                room(myself, &owner, sizes(&far), ROOM_WAIT).await?.into_iter()
+            }
+        };
         let over = lent.into_iter().map(|lent| {
             let targets = targets.by_ref().take(lent.blocks.len()).collect();
             self.over(here, lent, targets, deadline, manifest)
@@ -126,7 +138,7 @@ impl Near {
         }
         let lost = rest(&fetched.copies.iter().map(Block::instance).collect());
         if !lost.is_empty() {
-            let targets = room(myself, &owner, sizes(&lost)).await?;
+            let targets = room(myself, &owner, sizes(&lost), ROOM_WAIT).await?;
             fetched.copies.extend(copy_in(&**here.device(), lost, targets).await?);
         }
         Ok(fetched)
@@ -220,10 +232,11 @@ async fn room(
     myself: &ActorRef<GpuMsg>,
     owner: &Owner,
     sizes: Vec<(Bytes, usize)>,
+    wait: Millis,
 ) -> Result<Vec<BlockMut>, Error> {
     let gone = || Error::Internal("the gpu actor ended while a load waited for room".to_owned());
     let (reply, targets) = oneshot::channel();
-    let scratch = GpuMsg::Scratch { owner: owner.clone(), sizes, deadline: now() + ROOM_WAIT, reply };
+    let scratch = GpuMsg::Scratch { owner: owner.clone(), sizes, deadline: now() + wait, reply };
     myself.cast(scratch).map_err(|_| gone())?;
     targets.await.map_err(|_| gone())?
 }

@@ -7,7 +7,7 @@ use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
 use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
 use keepwarm_memory::{Block, BlockMut, Direction, Job};
 use keepwarm_types::{
-    Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
+    Birth, Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
 };
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
@@ -22,6 +22,8 @@ use crate::copy;
 use crate::error::Error;
 use crate::gpu::{GpuMsg, Kept, Loaded};
 use crate::router::RouterMsg;
+use crate::shard::ShardMsg;
+use crate::write::block_ref;
 
 /// How long a request waits for its session's write-behind.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(30);
@@ -79,22 +81,37 @@ impl Handle {
 
     /// After damage was met: where a session's own bytes are damaged no later use would do better, so they are let go. Other
     /// holders' take their place, or it goes cold, and its transcript can make them anew. What was damaged on the way stays.
-    pub(crate) async fn condemn(&self, manifest: &Manifest, sources: Vec<Block>) {
-        let Some(damaged) = copy::first_damaged(sources).await else { return };
-        let key = &manifest.key;
-        match self.ask(key, Verb::Condemn { birth: manifest.birth, damaged }, Vec::new(), None).await {
+    pub(crate) async fn condemn(&self, key: &SessionKey, birth: Birth, sources: Vec<Block>) {
+        let Some(met) = copy::first_damaged(sources).await else { return };
+        // Somebody else may have found it before, and had it repaired under the same name.
+        let present = self.present(key, birth, &met).await;
+        if copy::first_damaged(present).await.is_none() {
+            return;
+        }
+        let damaged = met.instance();
+        match self.ask(key, Verb::Condemn { birth, damaged }, Vec::new(), None).await {
             Ok(_) => tracing::error!(%key, "pinned bytes are damaged: this copy was dropped"),
             Err(error) => tracing::error!(%key, %error, "pinned bytes are damaged and could not be dropped"),
         }
         self.note_failure(Some(key), "pinned bytes were damaged".to_owned());
     }
 
-    /// A reader met a damaged block: its copy is let go in the background, and the next read finds another one or says why not.
-    pub(crate) fn damaged_while_read(&self, manifest: &Arc<Manifest>, block: &Block) {
-        self.metrics().checksum_failed("read");
-        let (handle, manifest, block) = (self.clone(), Arc::clone(manifest), block.clone());
+    /// The guard that this node has of a block now, if any.
+    async fn present(&self, key: &SessionKey, birth: Birth, block: &Block) -> Vec<Block> {
+        let (reply, lent) = oneshot::channel();
+        let lend = ShardMsg::Lend(vec![block_ref(block)], birth, reply);
+        let asked = self.links().shard(key).is_ok_and(|shard| shard.cast(lend).is_ok());
+        let lent = if asked { lent.await.ok().flatten() } else { None };
+        lent.unwrap_or_default()
+    }
+
+    /// A reader or a writer met a damaged block: its copy is let go in the background, and the next one finds another copy or
+    /// says why not.
+    pub(crate) fn met_damage(&self, at: &'static str, key: &SessionKey, birth: Birth, block: &Block) {
+        self.metrics().checksum_failed(at);
+        let (handle, key, block) = (self.clone(), key.clone(), block.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { handle.condemn(&manifest, vec![block]).await });
+            runtime.spawn(async move { handle.condemn(&key, birth, vec![block]).await });
         }
     }
 
@@ -202,7 +219,7 @@ impl Handle {
         let loaded = loaded.await.map_err(|_| restarting("the GPU's actor"))?;
         if let Err(Error::Corrupt { .. }) = &loaded {
             self.metrics().checksum_failed("restore");
-            self.condemn(&manifest, sources).await;
+            self.condemn(&manifest.key, manifest.birth, sources).await;
         }
         loaded
     }

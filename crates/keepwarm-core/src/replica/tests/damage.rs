@@ -63,6 +63,51 @@ fn a_block_that_the_session_names_no_more_condemns_nothing() {
 
 //= GUARANTEES.md#G5
 #[test]
+fn what_is_found_damaged_of_an_earlier_state_condemns_nothing() {
+    let (mut net, key) = written();
+    let alone = set(2, &[1, 3], None);
+    net.replicas[2].on(NOW, ReplicaEvent::Set(Arc::clone(&alone)));
+    let mut copy = None;
+    let mut queue: VecDeque<_> = net.replicas[0].on(NOW, ReplicaEvent::Set(alone)).into();
+    for step in 0..100 {
+        queue.extend(net.replicas[0].on(NOW + Millis(50 * step), ReplicaEvent::Tick));
+        let (copies, rest): (Vec<_>, Vec<_>) =
+            queue.drain(..).partition(|command| matches!(command, ReplicaCommand::Copy { .. }));
+        copy = copy.or(copies.into_iter().next());
+        net.run(0, rest);
+    }
+    let Some(ReplicaCommand::Copy { id, .. }) = copy else { panic!("it is healed") };
+    let cut =
+        Verb::Truncate { cut: crate::shard::Cut::Bytes(Bytes(4)), precondition: Precondition::default() };
+    let commands = net.ask(0, 8, &key, cut);
+    net.run(0, commands);
+    let head = net.replicas[0].head(&key);
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Copied(id, Err(CopyFailed::Damaged)));
+    net.run(0, commands);
+    assert_eq!(net.replicas[0].head(&key), head);
+    assert_eq!(net.replicas[0].manifest(&key).unwrap().state, State::Warm);
+}
+
+//= GUARANTEES.md#G5
+#[test]
+fn a_move_that_finds_this_nodes_copy_damaged_takes_nothing_from_the_others() {
+    let (mut net, key) = written();
+    let birth = net.replicas[0].manifest(&key).unwrap().birth;
+    // Node 2 has no room; the copy for node 3 is sent from here.
+    net.full = Vec::new();
+    let commands = net.replicas[1].on(NOW, ReplicaEvent::Evict(key.clone(), birth));
+    let [ReplicaCommand::Send(envelope)] = &commands[..] else { panic!("{commands:?}") };
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Peer(envelope.clone()));
+    let [ReplicaCommand::Copy { id, .. }] = &commands[..] else { panic!("{commands:?}") };
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Err(CopyFailed::Damaged)));
+    net.run(0, commands);
+    let manifest = net.replicas[0].manifest(&key).unwrap();
+    assert_eq!((manifest.state, manifest.holders.contains(&member(2))), (State::Warm, true));
+    assert!(net.released.contains(&(0, InstanceId(5))), "{:?}", net.released);
+}
+
+//= GUARANTEES.md#G5
+#[test]
 fn what_is_found_damaged_as_it_is_copied_to_another_is_not_copied_for_ever() {
     let (mut net, key) = written();
     // Node 2 leaves: the bytes go to node 3, and are damaged here.
