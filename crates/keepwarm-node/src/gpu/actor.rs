@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use keepwarm_core::residency::{EvictReason, Residency, ResidencyCommand, ResidencyEvent, Resident};
 use keepwarm_core::session::Manifest;
-use keepwarm_memory::{Block, Device, DeviceError, DeviceState, Direction, Job};
+use keepwarm_memory::{Block, Device, DeviceError, DeviceState};
 use keepwarm_types::{Birth, Bytes, InstanceId, Millis, Owner, SessionKey, Source, Tier, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
@@ -15,6 +15,7 @@ use super::board::Board;
 use super::message::{GpuMsg, Kept, Loaded};
 use crate::admission::Permit;
 use crate::clock::now;
+use crate::cold::{self, Incoming};
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::room::{Room, Want};
@@ -48,7 +49,8 @@ pub(crate) struct GpuState {
     room: Room,
     metrics: Arc<Metrics>,
     sessions: HashMap<SessionKey, Warm>,
-    /// Resident instances, and how many sessions have each.
+    /// Resident instances, and how many sessions have each. These are their raw form: of a part with a cold form, pinned memory
+    /// has another of the same instance, with a length and a checksum of its own.
     instances: HashMap<InstanceId, (Block, u32)>,
 }
 
@@ -172,6 +174,7 @@ impl GpuState {
             self.resident(&manifest.key.clone(), true);
         }
         let owner = Owner { tenant: manifest.key.tenant.clone(), birth: manifest.birth };
+        let missing = cold::incoming(&manifest, missing);
         let sizes = sizes(&missing);
         let (granted, targets) = oneshot::channel();
         let want = Want { owner, sizes, kept: Bytes::ZERO, deadline: now() + ROOM_WAIT, reply: granted };
@@ -366,10 +369,10 @@ fn fenced(name: &str, reason: &str) -> Error {
 }
 
 /// How many blocks of which size the copies need, in the order of the sources.
-fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
+fn sizes(sources: &[Incoming]) -> Vec<(Bytes, usize)> {
     let mut sizes: Vec<(Bytes, usize)> = Vec::new();
     for source in sources {
-        let size = source.capacity();
+        let size = source.size;
         match sizes.last_mut() {
             Some((last, count)) if *last == size => *count += 1,
             _ => sizes.push((size, 1)),
@@ -380,13 +383,12 @@ fn sizes(sources: &[Block]) -> Vec<(Bytes, usize)> {
 
 async fn copy_in(
     device: &dyn Device,
-    sources: Vec<Block>,
+    sources: Vec<Incoming>,
     targets: oneshot::Receiver<Result<Vec<keepwarm_memory::BlockMut>, Error>>,
 ) -> Result<Vec<Block>, Error> {
     let gone = |_| Error::Internal("the gpu actor ended while a load waited for room".to_owned());
     let targets = targets.await.map_err(gone)??;
-    let jobs = sources.into_iter().zip(targets).map(|(source, target)| Job { source, target }).collect();
-    crate::copy::run(device, Direction::In, jobs, "restore").await
+    cold::enter(device, sources.into_iter().zip(targets), "restore").await
 }
 
 impl From<DeviceError> for Error {
@@ -399,6 +401,15 @@ impl From<DeviceError> for Error {
             }
             DeviceError::Gone(_) => {
                 Self::Unavailable { reason: error.to_string(), retry_after: Millis(1000) }
+            }
+            DeviceError::NoScratch(bytes) => Self::NoCapacity {
+                tier: Tier::Hbm,
+                wanted: Bytes(bytes as u64),
+                reason: "the GPU has no scratch memory left to convert in".to_owned(),
+                retry_after: Millis(500),
+            },
+            DeviceError::Unsupported(_) => {
+                Self::Unavailable { reason: error.to_string(), retry_after: Millis(60_000) }
             }
             DeviceError::Size { .. } | DeviceError::Shape(_) | DeviceError::WrongOwner => {
                 Self::Internal(error.to_string())
