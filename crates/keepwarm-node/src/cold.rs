@@ -154,7 +154,7 @@ mod tests {
             batches(jobs.iter().copied(), |job| *job).iter().map(Vec::len).collect::<Vec<_>>()
         };
         let half = BATCH_BYTES / 2;
-        assert_eq!(sizes(&[]), []);
+        assert!(sizes(&[]).is_empty());
         assert_eq!(sizes(&[half, half, 1, 1]), [2, 2]);
         assert_eq!(sizes(&[BATCH_BYTES + 1, 1, half]), [1, 2]);
     }
