@@ -8,18 +8,23 @@
 // - conversions are integer operations that are written here, and NaNs are chosen here, not by the hardware.
 #include "keepwarm.cuh"
 
-// A plane of a block. 32 bytes.
-struct Plane {
-    void *numbers; // aligned to a number
+// The planes of a block, one after another. 40 bytes.
+struct Planes {
+    u8 *numbers;   // aligned to a number
     u8 *codes;     // one for each number
-    float *scale;  // a number is its code's value times this
-    u64 count;
+    float *scales; // one for each plane: a number is its code's value times this
+    u64 count;     // numbers of a plane
+    u32 planes;
+    u32 kind;      // what the numbers are
 };
 
 // What numbers are: IEEE binary32, binary16, or the upper half of a binary32.
 #define F32 0u
 #define F16 1u
 #define BF16 2u
+
+// Bytes of a number.
+__device__ __forceinline__ u64 width(u32 kind) { return kind == F32 ? 4 : 2; }
 
 #define SIGN 0x80000000u
 #define INFINITE 0x7f800000u
@@ -81,44 +86,55 @@ __device__ __forceinline__ void store(void *numbers, u64 at, u32 kind, u32 bits)
     ((u16 *)numbers)[at] = (u16)(sign | half);
 }
 
-// Writes the scale and the codes of each of `count` planes: the scale is the largest finite magnitude over 448, and a code is
-// that of the number over the scale. A block of threads takes a plane at a time, whatever the grid's shape.
+// Writes the scales and the codes of the planes of each of `count` blocks: a scale is the largest finite magnitude of its plane
+// over 448, and a code is that of the number over the scale. A block of threads takes a plane at a time, whatever the grid's
+// shape.
 //
 // Assumes that planes do not overlap. An infinite number becomes the largest code.
-extern "C" __global__ void __launch_bounds__(THREADS) quantise(const Plane *planes, u32 count, u32 kind) {
+extern "C" __global__ void __launch_bounds__(THREADS) quantise(const Planes *blocks, u32 count) {
     __shared__ u32 largest;
-    for (u64 at = (u64)blockIdx.y * gridDim.x + blockIdx.x; at < count; at += (u64)gridDim.x * gridDim.y) {
-        const Plane plane = planes[at];
-        if (threadIdx.x == 0) largest = 0;
-        __syncthreads();
-        u32 own = 0;
-        for (u64 i = threadIdx.x; i < plane.count; i += THREADS) {
-            u32 magnitude = load(plane.numbers, i, kind) & ~SIGN;
-            own = max(own, magnitude < INFINITE ? magnitude : 0);
+    for (u32 at = blockIdx.y; at < count; at += gridDim.y) {
+        const Planes block = blocks[at];
+        for (u32 plane = blockIdx.x; plane < block.planes; plane += gridDim.x) {
+            const u8 *numbers = block.numbers + plane * block.count * width(block.kind);
+            u8 *codes = block.codes + plane * block.count;
+            if (threadIdx.x == 0) largest = 0;
+            __syncthreads();
+            u32 own = 0;
+            for (u64 i = threadIdx.x; i < block.count; i += THREADS) {
+                u32 magnitude = load(numbers, i, block.kind) & ~SIGN;
+                own = max(own, magnitude < INFINITE ? magnitude : 0);
+            }
+            for (u32 step = WARP / 2; step > 0; step /= 2) own = max(own, __shfl_xor_sync(ALL_LANES, own, step));
+            if (threadIdx.x % WARP == 0) atomicMax(&largest, own);
+            __syncthreads();
+            float scale = __uint_as_float(max(__float_as_uint(__uint_as_float(largest) / E4M3_MAX), SCALE_MIN));
+            for (u64 i = threadIdx.x; i < block.count; i += THREADS) {
+                u32 bits = load(numbers, i, block.kind);
+                // A quotient would lose a NaN's sign.
+                if ((bits & ~SIGN) <= INFINITE) bits = __float_as_uint(__uint_as_float(bits) / scale);
+                codes[i] = (u8)encode(bits);
+            }
+            if (threadIdx.x == 0) block.scales[plane] = scale;
+            __syncthreads();
         }
-        for (u32 step = WARP / 2; step > 0; step /= 2) own = max(own, __shfl_xor_sync(ALL_LANES, own, step));
-        if (threadIdx.x % WARP == 0) atomicMax(&largest, own);
-        __syncthreads();
-        float scale = __uint_as_float(max(__float_as_uint(__uint_as_float(largest) / E4M3_MAX), SCALE_MIN));
-        for (u64 i = threadIdx.x; i < plane.count; i += THREADS) {
-            u32 bits = load(plane.numbers, i, kind);
-            // A quotient would lose a NaN's sign.
-            if ((bits & ~SIGN) <= INFINITE) bits = __float_as_uint(__uint_as_float(bits) / scale);
-            plane.codes[i] = (u8)encode(bits);
-        }
-        if (threadIdx.x == 0) *plane.scale = scale;
-        __syncthreads();
     }
 }
 
-// Writes the numbers of each of `count` planes from their codes and scale.
+// Writes the numbers of the planes of each of `count` blocks from their codes and scales. A block of threads takes a plane at a
+// time.
 //
 // Assumes that planes do not overlap.
-extern "C" __global__ void __launch_bounds__(THREADS) dequantise(const Plane *planes, u32 count, u32 kind) {
-    u64 thread = (u64)blockIdx.x * THREADS + threadIdx.x, threads = (u64)gridDim.x * THREADS;
+extern "C" __global__ void __launch_bounds__(THREADS) dequantise(const Planes *blocks, u32 count) {
     for (u32 at = blockIdx.y; at < count; at += gridDim.y) {
-        const Plane plane = planes[at];
-        float scale = *plane.scale;
-        for (u64 i = thread; i < plane.count; i += threads) store(plane.numbers, i, kind, decode(plane.codes[i], scale));
+        const Planes block = blocks[at];
+        for (u32 plane = blockIdx.x; plane < block.planes; plane += gridDim.x) {
+            u8 *numbers = block.numbers + plane * block.count * width(block.kind);
+            const u8 *codes = block.codes + plane * block.count;
+            float scale = block.scales[plane];
+            for (u64 i = threadIdx.x; i < block.count; i += THREADS) {
+                store(numbers, i, block.kind, decode(codes[i], scale));
+            }
+        }
     }
 }

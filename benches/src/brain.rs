@@ -63,7 +63,7 @@ pub(crate) fn run() {
         begun: 0,
     };
     let mut shard = Shard::new(settings);
-    let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };
+    let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 }, cold: None };
     let layout = Arc::new(Layout::new("m", "f", vec![part]).unwrap());
     let tenant: keepwarm_types::TenantName = "bench".parse().unwrap();
     let key = |n: u64| {

@@ -215,7 +215,8 @@ async fn keepwarm() -> Http {
     let handle = node.handle();
     let mut paths = Vec::new();
     for _ in 0..8 {
-        let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };
+        let part =
+            Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 }, cold: None };
         let request = CreateRequest {
             id: None,
             layout: Arc::new(Layout::new("m", "f", vec![part]).unwrap()),

@@ -27,7 +27,7 @@ async fn ask(
 ) -> (Started, Finished, String) {
     let request = ChatRequest {
         tenant: "default".parse().unwrap(),
-        session: session.map(|id| SessionRef { id, if_match: None }),
+        session: session.map(|id| SessionRef { id, if_match: None, cold: None }),
         model: MODEL.to_owned(),
         prompt: Prompt::Messages(messages.to_vec()),
         max_tokens: Some(1),

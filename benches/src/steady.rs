@@ -71,7 +71,7 @@ async fn measure() {
     let handle = node.handle();
     let planes =
         Planes { tokens_per_block: 16, planes: 1, plane_bytes_per_token: TOKEN_BYTES, order: Order::Token };
-    let part = Part { name: "kv".parse().unwrap(), form: Form::Paged(planes) };
+    let part = Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold: None };
     let layout = Arc::new(Layout::new("m", "f", vec![part]).unwrap());
     let done = Arc::new(AtomicU64::new(0));
     let (begun, mut marks) = (Instant::now(), Vec::new());

@@ -83,7 +83,7 @@ fn bytes_layout() -> Layout {
     Layout {
         model: "m".to_owned(),
         fingerprint: "f".to_owned(),
-        parts: vec![PartLayout { name: "b".to_owned(), form }],
+        parts: vec![PartLayout { name: "b".to_owned(), form, cold: None }],
     }
 }
 

@@ -10,7 +10,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use keepwarm_engine::chat::{
-    ChatEvent, ChatMessage, ChatRequest, ChatStream, Finished, Prompt, SessionRef, Started,
+    ChatEvent, ChatMessage, ChatRequest, ChatStream, Cold, Finished, Prompt, SessionRef, Started,
 };
 use keepwarm_types::{SessionId, TenantName};
 use serde::Deserialize;
@@ -26,6 +26,8 @@ use crate::routes::{ApiState, KEEP_ALIVE};
 
 /// Headers that bind a call to a session, in the order in which they are looked for.
 const SESSION_HEADERS: [&str; 3] = ["x-session-id", "x-dynamo-session-id", "x-claude-code-session-id"];
+/// Says what cold tiers shall keep of the session that a call makes.
+const COLD_HEADER: &str = "keepwarm-cold";
 /// Most stop texts, as OpenAI's API has it.
 const STOPS_MAX: usize = 4;
 
@@ -196,12 +198,23 @@ pub(crate) fn named_session(headers: &HeaderMap, tenant: &TenantName) -> Result<
 /// The session that the headers name, and the revision that the call follows.
 fn session(headers: &HeaderMap, tenant: &TenantName) -> Result<Option<SessionRef>, Problem> {
     if let Some(id) = named_session(headers, tenant)? {
-        return Ok(Some(SessionRef { id, if_match: if_match(headers)? }));
+        return Ok(Some(SessionRef { id, if_match: if_match(headers)?, cold: cold(headers)? }));
+    }
+    if headers.contains_key(COLD_HEADER) {
+        return Err(Problem::field("Keepwarm-Cold", "needs X-Session-ID: it is said of that session"));
     }
     if headers.contains_key(header::IF_MATCH) {
         return Err(Problem::field("If-Match", "needs X-Session-ID: it names a revision of that session"));
     }
     Ok(None)
+}
+
+/// What cold tiers shall keep of the session.
+fn cold(headers: &HeaderMap) -> Result<Option<Cold>, Problem> {
+    let Some(text) = header_text(headers, COLD_HEADER)? else { return Ok(None) };
+    let known = [Cold::Exact, Cold::Fp8].into_iter().find(|cold| cold.word() == text.trim());
+    let unknown = || Problem::field("Keepwarm-Cold", format!("'{text}' is not known: say fp8 or exact"));
+    known.map(Some).ok_or_else(unknown)
 }
 
 /// The models that can be asked.
@@ -221,6 +234,7 @@ pub(crate) async fn models(State(state): State<ApiState>, _: Caller) -> Answer<V
 
 /// Continue a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatDto,
+    params(("Keepwarm-Cold" = Option<String>, Header, description = "`fp8` on the call that makes the session: cold tiers keep about half the bytes, and what comes back is near to what went there. `exact` is the default; another than the session's is 409")),
     responses((status = 200, description = "As the OpenAI API, streamed or not"), (status = "default", description = "A problem document")))]
 pub(crate) async fn chat(
     State(state): State<ApiState>,
@@ -233,6 +247,7 @@ pub(crate) async fn chat(
 
 /// Continue a text.
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = ChatDto,
+    params(("Keepwarm-Cold" = Option<String>, Header, description = "As for chat completions")),
     responses((status = 200, description = "As the OpenAI API, streamed or not"), (status = "default", description = "A problem document")))]
 pub(crate) async fn complete(
     State(state): State<ApiState>,

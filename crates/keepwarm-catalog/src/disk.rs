@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use keepwarm_core::registry::Member;
 use keepwarm_core::session::{
-    Form, Labels, Layout, Manifest, Order, Parent, Part, PartState, Planes, Protect, Stamp, State, WriteMemo,
+    Form, Fp8, Labels, Layout, Manifest, Number, Order, Parent, Part, PartState, Planes, Protect, Stamp,
+    State, WriteMemo,
 };
 use keepwarm_core::shard::Tombstone;
 use keepwarm_types::{
@@ -31,7 +32,11 @@ fn bad(what: impl Into<String>) -> BadValue {
 #[derive(Archive, Serialize, Deserialize)]
 pub(crate) struct DiskPart {
     name: String,
+    /// 0 paged, 1 window, 2 snapshot, 3 bytes, 4 paged and kept as FP8 in cold tiers. What has no 4 reads the others as before,
+    /// and who does not know it refuses the session rather than taking it for an exact one.
     form: u8,
+    /// Tokens per block, planes, plane bytes per token, then the window's tokens, or of 4 what its numbers are: 0 f32, 1 f16,
+    /// 2 bf16. Or one size.
     numbers: [u64; 4],
     plane_order: bool,
     length: u64,
@@ -232,7 +237,15 @@ fn disk_part(part: &Part, state: &PartState) -> DiskPart {
             last,
         ]
     };
+    let number = |from| match from {
+        Number::F32 => 0,
+        Number::F16 => 1,
+        Number::Bf16 => 2,
+    };
     let (form, numbers, order) = match &part.form {
+        Form::Paged(planes) if let Some(Fp8 { from }) = part.cold => {
+            (4, geometry(planes, number(from)), planes.order)
+        }
         Form::Paged(planes) => (0, geometry(planes, 0), planes.order),
         Form::Window { planes, window_tokens } => {
             (1, geometry(planes, u64::from(*window_tokens)), planes.order)
@@ -262,7 +275,15 @@ fn part_from(disk: &DiskPart) -> Result<(Part, PartState), BadValue> {
         1 => Form::Window { planes: planes()?, window_tokens: small(d)? },
         2 => Form::Snapshot { bytes: a },
         3 => Form::Bytes { block_bytes: a },
+        4 => Form::Paged(planes()?),
         other => return Err(bad(format!("{other} is no form of a part"))),
+    };
+    let cold = match (disk.form, d) {
+        (4, 0) => Some(Fp8 { from: Number::F32 }),
+        (4, 1) => Some(Fp8 { from: Number::F16 }),
+        (4, 2) => Some(Fp8 { from: Number::Bf16 }),
+        (4, other) => return Err(bad(format!("{other} is no kind of number"))),
+        _ => None,
     };
     let name = disk.name.parse().map_err(|error| bad(format!("{error}")))?;
     let state = PartState {
@@ -271,7 +292,7 @@ fn part_from(disk: &DiskPart) -> Result<(Part, PartState), BadValue> {
         length: Bytes(disk.length),
         digest: disk.digest.map(BlockChecksum),
     };
-    Ok((Part { name, form }, state))
+    Ok((Part { name, form, cold }, state))
 }
 
 /// The manifest, without block instances: they were in the memory of a process that has ended.

@@ -10,8 +10,8 @@ use std::time::Duration;
 use keepwarm_catalog::{Catalog, CatalogSettings, OpenError, Sync, Transcript};
 use keepwarm_core::registry::Member;
 use keepwarm_core::session::{
-    Form, Layout, Manifest, Message, Order, Part, PartState, Planes, Protect, Stamp, State, TranscriptDelta,
-    WriteMemo,
+    Form, Fp8, Layout, Manifest, Message, Number, Order, Part, PartState, Planes, Protect, Stamp, State,
+    TranscriptDelta, WriteMemo,
 };
 use keepwarm_core::shard::{Record, TranscriptChange};
 use keepwarm_types::{
@@ -36,13 +36,15 @@ fn shard(key: &SessionKey) -> ShardId {
 
 fn manifest(n: u64, revision: u64) -> Manifest {
     let planes = Planes { tokens_per_block: 16, planes: 60, plane_bytes_per_token: 384, order: Order::Plane };
+    let cold = Some(Fp8 { from: Number::ALL[n as usize % 3] });
     let parts = vec![
-        Part { name: "kv".parse().unwrap(), form: Form::Paged(planes) },
-        Part { name: "w".parse().unwrap(), form: Form::Window { planes, window_tokens: 9 } },
-        Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: 77 } },
-        Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } },
+        Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold: None },
+        Part { name: "w".parse().unwrap(), form: Form::Window { planes, window_tokens: 9 }, cold: None },
+        Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: 77 }, cold: None },
+        Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 }, cold: None },
+        Part { name: "c".parse().unwrap(), form: Form::Paged(planes), cold },
     ];
-    let states = (0..4).map(|p| PartState {
+    let states = (0..5).map(|p| PartState {
         length: Bytes(p * 1000),
         digest: Some(BlockChecksum([p, n])),
         ..PartState::default()

@@ -11,7 +11,7 @@
 //! let layout = Layout {
 //!     model: "llama".to_owned(),
 //!     fingerprint: "blake3:1f".to_owned(),
-//!     parts: vec![PartLayout { name: "state".to_owned(), form: Form::Bytes { block_bytes: Some(1 << 20) } }],
+//!     parts: vec![PartLayout { name: "state".to_owned(), form: Form::Bytes { block_bytes: Some(1 << 20) }, cold: None }],
 //! };
 //! let session = client.create(&NewSession::new(layout)).await?;
 //! let body = PartBody::from(vec![7u8; 1 << 20]);
@@ -57,8 +57,8 @@ pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Scratch, Shard, S
 pub use error::{ClientError, Problem};
 pub use etag::{Etag, ParseEtagError};
 pub use session::{
-    Form, Home, Layout, LeaseInfo, NewSession, Order, PartLayout, PartState, Protect, Session, SessionPage,
-    State, TierBytes,
+    Cold, Form, Home, Layout, LeaseInfo, NewSession, Number, Order, PartLayout, PartState, Protect, Session,
+    SessionPage, State, TierBytes,
 };
 pub use verbs::{
     Activation, Checkpoint, Commit, Deleted, Explanation, Fork, Freed, Lease, Length, Match, Move, Placement,

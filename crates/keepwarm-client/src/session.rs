@@ -29,6 +29,32 @@ pub struct PartLayout {
     /// How its bytes lie.
     #[serde(flatten)]
     pub form: Form,
+    /// What cold tiers keep of a paged part in plane order, if not its bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cold: Option<Cold>,
+}
+
+/// What cold tiers keep of a part's numbers: about half the bytes of halves, and near to what was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "dtype", rename_all = "lowercase")]
+pub enum Cold {
+    /// FP8 E4M3, with a scale for each plane of a block.
+    Fp8 {
+        /// What the numbers are where they are warm.
+        from: Number,
+    },
+}
+
+/// A number, in little-endian bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Number {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of a binary32.
+    Bf16,
 }
 
 /// How a paged part's bytes lie.
@@ -217,6 +243,9 @@ pub struct Session {
     pub layout: Layout,
     /// BLAKE3 of the layout.
     pub layout_hash: String,
+    /// Whether what comes back from cold tiers is only near to what went there.
+    #[serde(default)]
+    pub lossy: bool,
     /// Protection after the last use.
     pub protect_s: Protect,
     /// Seconds after the last use until it expires.
@@ -300,9 +329,12 @@ mod tests {
             {"name":"kv","form":"paged","tokens_per_block":16,"planes":60,"plane_bytes_per_token":384,"order":"plane"},
             {"name":"w","form":"window","tokens_per_block":8,"planes":2,"plane_bytes_per_token":4,"order":"token",
              "window_tokens":99},
-            {"name":"s","form":"snapshot","bytes":5},{"name":"b","form":"bytes"}]}"#;
+            {"name":"s","form":"snapshot","bytes":5},{"name":"b","form":"bytes"},
+            {"name":"c","form":"paged","tokens_per_block":16,"planes":60,"plane_bytes_per_token":384,"order":"plane",
+             "cold":{"dtype":"fp8","from":"f16"}}]}"#;
         let layout: Layout = serde_json::from_str(text).unwrap();
         assert_eq!(layout.parts[3].form, Form::Bytes { block_bytes: None });
+        assert_eq!(layout.parts[4].cold, Some(Cold::Fp8 { from: Number::F16 }));
         let value: serde_json::Value = serde_json::from_str(text).unwrap();
         assert_eq!(serde_json::to_value(&layout).unwrap(), value);
     }

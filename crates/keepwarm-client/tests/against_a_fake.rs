@@ -113,7 +113,7 @@ fn layout() -> Layout {
     Layout {
         model: "m".into(),
         fingerprint: "f".into(),
-        parts: vec![PartLayout { name: "state".into(), form }],
+        parts: vec![PartLayout { name: "state".into(), form, cold: None }],
     }
 }
 

@@ -54,6 +54,28 @@ pub struct SessionRef {
     pub id: SessionId,
     /// The messages follow exactly this revision.
     pub if_match: Option<Etag>,
+    /// What cold tiers keep of it. Where this is not said a new session is exact, and one that is there stays what it is.
+    pub cold: Option<Cold>,
+}
+
+/// What cold tiers keep of a session's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cold {
+    /// All of it: what comes back is what went there.
+    Exact,
+    /// FP8 numbers, about half as many bytes: what comes back is near to what went there.
+    Fp8,
+}
+
+impl Cold {
+    /// The word that the API uses.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 /// A call.

@@ -155,6 +155,89 @@ pub fn dequantise(kind: Number, codes: &[u8], scale: f32, numbers: &mut [u8]) {
     }
 }
 
+/// Bytes of a plane's scale in a stored block: a little-endian binary32.
+const SCALE_BYTES: usize = 4;
+
+/// What a block in plane order is, for its way to a cold tier and back.
+///
+/// Raw, it is `planes` rows of equally many numbers. Stored, it is a scale for each plane, then each plane's codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// What the numbers are.
+    pub number: Number,
+    /// Planes of the block.
+    pub planes: usize,
+}
+
+impl Shape {
+    /// Numbers of each plane of a block of so many raw bytes; none where they are no whole number for each.
+    #[must_use]
+    pub const fn numbers(&self, raw: usize) -> Option<usize> {
+        match self.planes.checked_mul(self.number.bytes()) {
+            Some(column @ 1..) if raw.is_multiple_of(column) => Some(raw / column),
+            _ => None,
+        }
+    }
+
+    /// Stored bytes of a block whose planes have so many numbers.
+    #[must_use]
+    pub const fn stored_bytes(&self, numbers: usize) -> usize {
+        self.planes * (SCALE_BYTES + numbers)
+    }
+
+    /// Numbers of each plane of a block of so many stored bytes; none where no block has so many.
+    #[must_use]
+    pub const fn numbers_stored(&self, stored: usize) -> Option<usize> {
+        match stored.checked_sub(self.planes * SCALE_BYTES) {
+            Some(codes) if self.planes > 0 && codes.is_multiple_of(self.planes) => Some(codes / self.planes),
+            _ => None,
+        }
+    }
+
+    /// Raw bytes of a block whose planes have so many numbers.
+    #[must_use]
+    pub const fn raw_bytes(&self, numbers: usize) -> usize {
+        self.planes * numbers * self.number.bytes()
+    }
+
+    /// Where the codes begin in a stored block.
+    #[must_use]
+    pub const fn codes_at(&self) -> usize {
+        self.planes * SCALE_BYTES
+    }
+}
+
+/// The stored form of a raw block; none where its bytes are not that shape's.
+#[must_use]
+pub fn quantise_block(shape: &Shape, raw: &[u8]) -> Option<Vec<u8>> {
+    let numbers = shape.numbers(raw.len())?;
+    let mut stored = vec![0; shape.stored_bytes(numbers)];
+    let (scales, codes) = stored.split_at_mut(shape.codes_at());
+    if numbers > 0 {
+        let planes = raw.chunks_exact(numbers * shape.number.bytes()).zip(codes.chunks_exact_mut(numbers));
+        for ((plane, codes), scale) in planes.zip(scales.chunks_exact_mut(SCALE_BYTES)) {
+            scale.copy_from_slice(&quantise(shape.number, plane, codes).to_le_bytes());
+        }
+    }
+    Some(stored)
+}
+
+/// The raw form of a stored block; none where its bytes are not that shape's.
+#[must_use]
+pub fn dequantise_block(shape: &Shape, stored: &[u8]) -> Option<Vec<u8>> {
+    let numbers = shape.numbers_stored(stored.len())?;
+    let mut raw = vec![0; shape.raw_bytes(numbers)];
+    let (scales, codes) = stored.split_at(shape.codes_at());
+    if numbers > 0 {
+        let planes = codes.chunks_exact(numbers).zip(raw.chunks_exact_mut(numbers * shape.number.bytes()));
+        for ((codes, plane), scale) in planes.zip(scales.chunks_exact(SCALE_BYTES)) {
+            let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+            dequantise(shape.number, codes, scale, plane);
+        }
+    }
+    Some(raw)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::{any, prop, proptest};
@@ -246,7 +329,38 @@ mod tests {
         assert_eq!(plane(&[1.0, -448.0, 3.0]), (1.0, vec![1.0, -448.0, 3.0]));
     }
 
+    #[test]
+    fn a_stored_block_is_scales_and_then_codes_and_other_lengths_are_refused() {
+        let shape = Shape { number: Number::F32, planes: 2 };
+        let raw: Vec<u8> =
+            [448f32, 1.0, 0.0, -896.0, 2.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let stored = quantise_block(&shape, &raw).unwrap();
+        let scales: Vec<u8> = [1f32, 2.0].iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        assert_eq!((&stored[..8], &stored[8..]), (&scales[..], &[0x7e, 0x38, 0, 0xfe, 0x38, 0x40][..]));
+        assert_eq!(dequantise_block(&shape, &stored).unwrap(), raw);
+        for length in [7, 9, 23] {
+            assert_eq!(
+                (shape.numbers(length), dequantise_block(&shape, &stored[..length.min(9)])),
+                (None, None)
+            );
+        }
+        assert_eq!(quantise_block(&Shape { planes: 0, ..shape }, &[]), None);
+        assert_eq!(quantise_block(&shape, &[]), Some(vec![0; 8]));
+    }
+
     proptest! {
+        #[test]
+        fn what_came_back_of_halves_comes_back_the_same(
+            bits in prop::collection::vec(any::<u16>(), 1..200),
+            number in prop::sample::select(vec![Number::F16, Number::Bf16]),
+        ) {
+            let raw: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+            let shape = Shape { number, planes: 1 };
+            let once = dequantise_block(&shape, &quantise_block(&shape, &raw).unwrap()).unwrap();
+            let twice = dequantise_block(&shape, &quantise_block(&shape, &once).unwrap()).unwrap();
+            assert_eq!(once, twice);
+        }
+
         #[test]
         fn a_code_is_the_nearest_and_even_where_two_are(bits in any::<u32>(), exponent in 115u32..137) {
             // Exponents around E4M3's: most random floats lie far outside.

@@ -263,6 +263,13 @@ impl BlockMut {
         block
     }
 
+    /// Seals the first `length` bytes as another form of `original`: the same instance, with bytes and a checksum of its own.
+    pub(crate) fn seal_form(self, original: &Block, length: usize, checksum: BlockChecksum) -> Block {
+        let mut block = self.into_block(length, original.instance(), checksum);
+        block.birth = original.birth;
+        block
+    }
+
     /// Where it lies.
     pub(crate) fn place(&self) -> Place {
         self.memory.place()

@@ -32,9 +32,10 @@ pub use device::{
     ScratchFigures,
 };
 pub use device::{
-    Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, Link, LinkError,
-    PlaneShape, RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal, RegionScatterJob,
-    SCATTER_PLANES_MAX, STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather, scatter,
+    DequantiseJob, Device, DeviceError, DeviceState, Direction, Event, GatherJob, HostDevice, Job, Link,
+    LinkError, PlaneShape, QuantiseJob, RegionFault, RegionGatherJob, RegionPlanes, RegionRefusal,
+    RegionScatterJob, SCATTER_PLANES_MAX, STREAM_QUEUE_MAX, ScatterJob, Transfer, TransferError, gather,
+    scatter,
 };
 pub use fault::{FaultPlan, flip_bit};
 pub use foreign::{

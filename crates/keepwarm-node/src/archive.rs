@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use bytes::Bytes as Buffer;
 use futures::{Stream, StreamExt};
-use keepwarm_core::session::{Form, Labels, Layout, Message, Order, Part, Planes, Protect, TranscriptDelta};
+use keepwarm_core::session::{
+    Form, Fp8, Labels, Layout, Message, Number, Order, Part, Planes, Protect, TranscriptDelta,
+};
 use keepwarm_core::shard::{Commit, Precondition, Refusal, WriteMode};
 use keepwarm_memory::BlockHasher;
 use keepwarm_types::{Bytes, Millis, SessionId, SessionKey, TenantName, Tokens, TxnId};
@@ -61,6 +63,9 @@ struct PartHeader {
     /// Tokens per block, planes, plane bytes per token, window tokens; or one size.
     numbers: Vec<u64>,
     plane_order: bool,
+    /// What the numbers are that cold tiers, and this archive, have as FP8: `f32`, `f16` or `bf16`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fp8_from: Option<String>,
     /// Length and checksum of each block.
     blocks: Vec<(u32, String)>,
 }
@@ -133,6 +138,7 @@ fn part_header(part: &Part, state: &keepwarm_core::session::PartState) -> PartHe
         form: part.form.word().to_owned(),
         numbers,
         plane_order: part.form.planes().is_some_and(|planes| planes.order == Order::Plane),
+        fp8_from: part.cold.map(|Fp8 { from }| from.word().to_owned()),
         blocks: state.blocks.iter().map(|block| (block.length, block.checksum.to_string())).collect(),
     }
 }
@@ -161,7 +167,12 @@ fn part_from(header: &PartHeader) -> Result<Part, Error> {
         (form, _) => return Err(damaged(format!("'{form}' is no form of a part"))),
     };
     let name = header.name.parse().map_err(|error| damaged(format!("{error}")))?;
-    Ok(Part { name, form })
+    let number = |word: &String| {
+        let number = Number::ALL.into_iter().find(|number| number.word() == word);
+        number.map(|from| Fp8 { from }).ok_or_else(|| damaged(format!("'{word}' is no kind of number")))
+    };
+    let cold = header.fp8_from.as_ref().map(number).transpose()?;
+    Ok(Part { name, form, cold })
 }
 
 /// Begins an archive of a session's committed revision.
@@ -215,8 +226,10 @@ pub async fn export(handle: &Handle, key: &SessionKey) -> Result<Archive, Error>
     head.extend(MAGIC);
     head.extend(length.to_le_bytes());
     head.extend(json);
-    let parts: VecDeque<_> =
-        readers.into_iter().map(|reader| reader.select(Selection::default())).collect::<Result<_, _>>()?;
+    let parts: VecDeque<_> = readers
+        .into_iter()
+        .map(|reader| reader.into_stored().select(Selection::default()))
+        .collect::<Result<_, _>>()?;
     let bytes: u64 = parts.iter().map(Chunks::length).sum();
     let length = head.len() as u64 + bytes + TRAILER as u64;
     Ok(Archive { head: Some(head.into()), parts, hasher: Some(Box::default()), length })
@@ -308,7 +321,7 @@ where
         )));
     }
     let key = info.manifest.key.clone();
-    match fill(handle, &key, &header, &mut arriving).await {
+    match fill(handle, &key, &info.manifest.layout, &header, &mut arriving).await {
         Ok(()) => handle.get(&key).await,
         Err(error) => {
             handle.abandon(&key).await;
@@ -317,9 +330,22 @@ where
     }
 }
 
+/// Raw bytes of a part's blocks, all but the last of which must be full: a stored one is taken in one piece.
+fn raw_length(kind: &Part, part: &PartHeader) -> Result<u64, Error> {
+    let (full, last) = (kind.stored_block_bytes(), part.blocks.len().saturating_sub(1));
+    let raw = |(at, (length, _)): (usize, &(u32, String))| {
+        let length = u64::from(*length);
+        let fits = kind.cold.is_none() || length == full || at == last && length < full;
+        kind.raw_bytes(length).filter(|_| fits)
+    };
+    let length = part.blocks.iter().enumerate().map(raw).sum::<Option<u64>>();
+    length.ok_or_else(|| damaged(format!("a block of part '{}' has a length that none can have", part.name)))
+}
+
 async fn fill<S>(
     handle: &Handle,
     key: &SessionKey,
+    layout: &Layout,
     header: &Header,
     arriving: &mut Arriving<S>,
 ) -> Result<(), Error>
@@ -327,8 +353,9 @@ where
     S: Stream<Item = Result<Buffer, Error>> + Unpin,
 {
     let txn = TxnId(Uuid::new_v4());
-    for part in header.parts.iter().filter(|part| !part.blocks.is_empty()) {
-        let length = part.blocks.iter().map(|(length, _)| u64::from(*length)).sum();
+    let parts = header.parts.iter().zip(layout.parts());
+    for (part, kind) in parts.filter(|(part, _)| !part.blocks.is_empty()) {
+        let length = raw_length(kind, part)?;
         let request = WriteRequest {
             part: part.name.clone(),
             mode: WriteMode::Replace,
@@ -343,12 +370,16 @@ where
         for (number, (length, expected)) in part.blocks.iter().enumerate() {
             let mut hasher = BlockHasher::default();
             let mut left = *length as usize;
+            let mut stored = Vec::new();
             while left > 0 {
                 let piece = arriving.some(left).await?;
                 left -= piece.len();
                 hasher.update(&piece);
                 arriving.hasher.write(&piece);
-                sink.write(&piece).await?;
+                match kind.cold {
+                    None => sink.write(&piece).await?,
+                    Some(_) => stored.extend_from_slice(&piece),
+                }
             }
             let found = hasher.finish().to_string();
             if found != *expected {
@@ -358,6 +389,9 @@ where
                     part.name
                 );
                 return Err(Error::Corrupt { at: "import", detail });
+            }
+            if kind.cold.is_some() {
+                sink.write_stored(&stored).await?;
             }
         }
         let WriteDone::Staged(_) = sink.finish().await? else {

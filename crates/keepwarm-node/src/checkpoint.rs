@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use keepwarm_core::session::{Form, Manifest};
 use keepwarm_core::shard::{Answer, Commit, Precondition, Verb, Write, WriteMode};
-use keepwarm_memory::{Block, Direction, Job};
+use keepwarm_memory::Block;
 use keepwarm_types::{Bytes, GpuIndex, LeaseId, Owner, TxnId};
 use uuid::Uuid;
 
+use crate::cold;
 use crate::error::Error;
 use crate::gpu::GpuMsg;
 use crate::handle::{Handle, TurnPart};
@@ -84,16 +85,10 @@ impl Checkpoint {
         let owner = Owner { tenant: self.manifest.key.tenant.clone(), birth: self.manifest.birth };
         let mut copies = Vec::new();
         for part in &self.parts {
-            let sizes = part.blocks.iter().map(|block| (block.capacity(), 1)).collect();
+            let shape = &self.manifest.layout.parts()[part.part];
+            let sizes = part.blocks.iter().map(|block| (cold::room_for(shape, block), 1)).collect();
             let targets = handle.reserve_pinned(&owner, Pool::SpillIn, sizes).await?;
-            let jobs = part
-                .blocks
-                .iter()
-                .cloned()
-                .zip(targets)
-                .map(|(source, target)| Job { source, target })
-                .collect();
-            copies.push(crate::copy::run(&*device, Direction::Out, jobs, "checkpoint").await?);
+            copies.push(cold::leave(&*device, shape, &part.blocks, targets, "checkpoint").await?);
         }
         self.commit(handle, copies).await
     }

@@ -1,6 +1,6 @@
 //! Running a batch of copies on a device, with the watchdog.
 
-use keepwarm_memory::{Block, Device, Direction, Job};
+use keepwarm_memory::{Block, Device, Direction, Job, Transfer};
 use keepwarm_types::Millis;
 
 use crate::error::Error;
@@ -13,7 +13,7 @@ pub(crate) async fn first_damaged(blocks: Vec<Block>) -> Option<Block> {
     tokio::task::spawn_blocking(damaged).await.ok().flatten()
 }
 
-/// Submits a batch and waits for it, at most [`COPY_DEADLINE`]: a device that takes longer is fenced.
+/// Submits a batch of copies and waits for it, at most [`COPY_DEADLINE`]: a device that takes longer is fenced.
 ///
 /// Cancel safe: a dropped wait leaves the copies to run and gives their memory back afterwards.
 pub(crate) async fn run(
@@ -23,6 +23,15 @@ pub(crate) async fn run(
     at: &'static str,
 ) -> Result<Vec<Block>, Error> {
     let transfer = device.submit(direction, jobs).map_err(|error| Error::from(error.cause))?;
+    ended(device, transfer, at).await
+}
+
+/// Waits for a batch of any kind, as [`run`] does.
+pub(crate) async fn ended(
+    device: &dyn Device,
+    transfer: Transfer,
+    at: &'static str,
+) -> Result<Vec<Block>, Error> {
     match tokio::time::timeout(COPY_DEADLINE, transfer).await {
         Ok(Ok(copies)) => Ok(copies),
         Ok(Err(error)) => Err(match Error::from(error.cause) {

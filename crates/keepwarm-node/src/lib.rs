@@ -18,6 +18,7 @@ mod book;
 mod checkpoint;
 mod clock;
 mod cluster;
+mod cold;
 mod copy;
 mod disk;
 mod error;

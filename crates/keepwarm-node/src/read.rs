@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use bytes::Bytes as Buffer;
 use keepwarm_core::session::{Etag, Manifest, Order, Part, PartState, Planes};
-use keepwarm_memory::Block;
+use keepwarm_memory::fp8::Shape;
+use keepwarm_memory::{Block, GuardError};
 use keepwarm_types::{Bytes, Owner};
 use twox_hash::XxHash3_128;
 
+use crate::cold;
 use crate::error::Error;
 use crate::handle::{Handle, Selection};
 
@@ -23,7 +25,10 @@ const PIECE_BYTES: usize = 1 << 20;
 pub struct PartReader {
     manifest: Arc<Manifest>,
     index: usize,
+    /// As they are stored.
     blocks: Vec<Block>,
+    /// How they become what is read; where absent they are it.
+    shape: Option<Shape>,
     owner: Owner,
     handle: Handle,
 }
@@ -31,7 +36,8 @@ pub struct PartReader {
 impl PartReader {
     pub(crate) fn new(manifest: Arc<Manifest>, index: usize, blocks: Vec<Block>, handle: Handle) -> Self {
         let owner = Owner { tenant: manifest.key.tenant.clone(), birth: manifest.birth };
-        Self { manifest, index, blocks, owner, handle }
+        let shape = cold::shape(&manifest.layout.parts()[index]);
+        Self { manifest, index, blocks, shape, owner, handle }
     }
 
     /// The entity tag of what is read.
@@ -61,7 +67,18 @@ impl PartReader {
     /// Bytes that can be read; of a window, what exists.
     #[must_use]
     pub fn length(&self) -> Bytes {
-        Bytes(self.blocks.iter().map(|block| block.length() as u64).sum())
+        Bytes(self.blocks.iter().map(|block| self.raw_length(block) as u64).sum())
+    }
+
+    /// Bytes of a block as it is read.
+    fn raw_length(&self, block: &Block) -> usize {
+        let raw = |shape: &Shape| Some(shape.raw_bytes(shape.numbers_stored(block.length())?));
+        self.shape.as_ref().and_then(raw).unwrap_or_else(|| block.length())
+    }
+
+    /// A reader of the blocks as they are stored, whatever that is: for an archive.
+    pub(crate) fn into_stored(self) -> Self {
+        Self { shape: None, ..self }
     }
 
     /// XXH3-128 of the whole part, where it is known.
@@ -77,7 +94,11 @@ impl PartReader {
     pub fn compute_digest(&self) -> Result<u128, Error> {
         let mut hasher = XxHash3_128::new();
         for block in &self.blocks {
-            hasher.write(block.bytes(&self.owner).map_err(|error| Error::Internal(error.to_string()))?);
+            let bytes = block.bytes(&self.owner).map_err(internal)?;
+            match &self.shape {
+                None => hasher.write(bytes),
+                Some(shape) => hasher.write(&cold::raw(self.part(), shape, bytes)?),
+            }
         }
         Ok(hasher.finish_128())
     }
@@ -96,7 +117,8 @@ impl PartReader {
     pub fn select(self, selection: Selection) -> Result<Chunks, Error> {
         let mut spans = match (selection.tokens, selection.planes, self.part().form.planes().copied()) {
             (None, None, _) => {
-                self.blocks.iter().enumerate().map(|(index, block)| (index, 0..block.length())).collect()
+                let all = |(index, block)| (index, 0..self.raw_length(block));
+                self.blocks.iter().enumerate().map(all).collect()
             }
             (tokens, planes, Some(shape)) => self.spans(&shape, tokens, planes)?,
             (_, _, None) => {
@@ -117,8 +139,10 @@ impl PartReader {
             cut(&mut spans, from, to);
             length = to - from;
         }
+        let lossy = self.shape.map(|shape| Lossy { part: self.part().clone(), shape, raw: None });
         Ok(Chunks {
             blocks: self.blocks,
+            lossy,
             owner: self.owner,
             spans,
             verified: None,
@@ -157,7 +181,7 @@ impl PartReader {
         };
         for (index, block) in self.blocks.iter().enumerate() {
             let start = first + index as u64 * per_block;
-            let valid = block.length() / (token * planes);
+            let valid = self.raw_length(block) / (token * planes);
             let low_token = from.saturating_sub(start).min(valid as u64) as usize;
             let high_token = to.saturating_sub(start).min(valid as u64) as usize;
             match shape.order {
@@ -192,11 +216,25 @@ fn cut(spans: &mut VecDeque<(usize, Range<usize>)>, from: u64, to: u64) {
     spans.retain(|(_, span)| !span.is_empty());
 }
 
+/// How stored blocks become what is read, and the last one that did.
+#[derive(Debug)]
+struct Lossy {
+    part: Part,
+    shape: Shape,
+    raw: Option<(usize, Buffer)>,
+}
+
+fn internal(error: GuardError) -> Error {
+    Error::Internal(error.to_string())
+}
+
 /// Selected bytes, piece by piece; each block is verified when its first piece is asked for.
 #[derive(Debug)]
 pub struct Chunks {
     blocks: Vec<Block>,
     owner: Owner,
+    lossy: Option<Lossy>,
+    /// Of the blocks as they are read.
     spans: VecDeque<(usize, Range<usize>)>,
     verified: Option<usize>,
     length: u64,
@@ -243,8 +281,22 @@ impl Chunks {
         Ok(())
     }
 
+    /// Bytes of a block that was verified: as they lie, or of its raw form.
+    fn bytes(&mut self, index: usize, span: Range<usize>) -> Result<Buffer, Error> {
+        let Some(lossy) = &mut self.lossy else {
+            return Ok(Buffer::from_owner(self.blocks[index].view(&self.owner, span).map_err(internal)?));
+        };
+        let raw = match lossy.raw.take().filter(|(of, _)| *of == index) {
+            Some((_, raw)) => raw,
+            None => {
+                let stored = self.blocks[index].bytes(&self.owner).map_err(internal)?;
+                cold::raw(&lossy.part, &lossy.shape, stored)?.into()
+            }
+        };
+        Ok(lossy.raw.insert((index, raw)).1.slice(span))
+    }
+
     fn piece(&mut self) -> Result<Option<Buffer>, Error> {
-        let internal = |error: keepwarm_memory::GuardError| Error::Internal(error.to_string());
         let mut gathered = Vec::new();
         while let Some((index, span)) = self.spans.front().cloned() {
             self.verify(index)?;
@@ -257,10 +309,13 @@ impl Chunks {
                     rest if end < rest.end => rest.start = end,
                     _ => drop(self.spans.pop_front()),
                 }
-                let view = self.blocks[index].view(&self.owner, span.start..end).map_err(internal)?;
-                return Ok(Some(Buffer::from_owner(view)));
+                return self.bytes(index, span.start..end).map(Some);
             }
-            gathered.extend_from_slice(&self.blocks[index].bytes(&self.owner).map_err(internal)?[span]);
+            match self.lossy {
+                None => gathered
+                    .extend_from_slice(&self.blocks[index].bytes(&self.owner).map_err(internal)?[span]),
+                Some(_) => gathered.extend_from_slice(&self.bytes(index, span)?),
+            }
             self.spans.pop_front();
             if gathered.len() >= PIECE_BYTES {
                 break;

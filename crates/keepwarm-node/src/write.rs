@@ -2,13 +2,15 @@
 
 use keepwarm_core::session::BlockRef;
 use keepwarm_core::shard::{Answer, PlanWrite, Verb, Write, WriteMode, WritePlan};
-use keepwarm_memory::{Block, BlockHasher, BlockMut};
+use keepwarm_memory::fp8::Shape;
+use keepwarm_memory::{Block, BlockHasher, BlockMut, block_checksum};
 use keepwarm_types::{BlockChecksum, Bytes, Owner, SessionKey};
 use sha2::{Digest, Sha256};
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 use crate::admission::Permit;
 use crate::book::Claim;
+use crate::cold;
 use crate::error::Error;
 use crate::handle::{BodyDigest, Handle, WriteDone, WriteRequest};
 use crate::pinned::Pool;
@@ -39,6 +41,9 @@ pub struct WriteSink {
     received: u64,
     ready: Vec<BlockMut>,
     filling: Option<(BlockMut, BlockHasher)>,
+    /// How raw bytes become what is stored, and those of a block that is not whole yet; where absent they are stored as they
+    /// are.
+    lossy: Option<(Shape, Vec<u8>)>,
     merge: Option<Merge>,
     sealed: Vec<Block>,
     digest: Hasher,
@@ -104,6 +109,7 @@ impl WriteSink {
             Some(BodyDigest::Xxh3(expected)) => Hasher::Xxh3(Box::new(XxHash3_128::new()), expected),
             Some(BodyDigest::Sha256(expected)) => Hasher::Sha256(Box::default(), expected),
         };
+        let lossy = cold::shape(&plan.part).map(|shape| (shape, Vec::new()));
         let mut sink = Self {
             handle: handle.clone(),
             key: key.clone(),
@@ -115,6 +121,7 @@ impl WriteSink {
             received: 0,
             ready: Vec::new(),
             filling: None,
+            lossy,
             merge: None,
             sealed: Vec::new(),
             digest,
@@ -158,14 +165,14 @@ impl WriteSink {
     }
 
     async fn reserve(&mut self, bytes: u64) -> Result<(), Error> {
-        let block = self.plan.block_bytes;
+        let (block, part) = (self.plan.block_bytes, &self.plan.part);
         let (full, rest) = ((bytes / block) as usize, bytes % block);
         let mut sizes = Vec::new();
         if full > 0 {
-            sizes.push((Bytes(block), full));
+            sizes.push((Bytes(part.stored_block_bytes()), full));
         }
         if rest > 0 {
-            sizes.push((size_class(rest, block), 1));
+            sizes.push((cold::stored_class(part, rest), 1));
         }
         if sizes.is_empty() {
             return Ok(());
@@ -181,17 +188,7 @@ impl WriteSink {
     /// # Errors
     /// [`Error`]; the write is over then, and nothing was applied.
     pub async fn write(&mut self, chunk: &[u8]) -> Result<(), Error> {
-        self.received += chunk.len() as u64;
-        let limit =
-            self.request.body.unwrap_or(BODY_BYTES_MAX).min(self.plan.exact.unwrap_or(BODY_BYTES_MAX));
-        if self.received > limit.0 {
-            return Err(Error::BodyTooLarge { limit });
-        }
-        if let Some(claim) = &mut self.claim
-            && self.received > claim.bytes()
-        {
-            claim.grow(self.received - claim.bytes())?;
-        }
+        self.count(chunk.len() as u64)?;
         match &mut self.digest {
             Hasher::None => {}
             Hasher::Xxh3(hasher, _) => hasher.write(chunk),
@@ -206,6 +203,71 @@ impl WriteSink {
             self.merge_piece().await?;
         }
         self.fill(rest).await
+    }
+
+    /// So many raw bytes more have come.
+    fn count(&mut self, bytes: u64) -> Result<(), Error> {
+        self.received += bytes;
+        let limit =
+            self.request.body.unwrap_or(BODY_BYTES_MAX).min(self.plan.exact.unwrap_or(BODY_BYTES_MAX));
+        if self.received > limit.0 {
+            return Err(Error::BodyTooLarge { limit });
+        }
+        match &mut self.claim {
+            Some(claim) if self.received > claim.bytes() => Ok(claim.grow(self.received - claim.bytes())?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a block that is in its stored form already, from an archive: it is kept as it is, since the way through its
+    /// numbers might round once more.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); [`Error::InvalidField`] for a length that no block of the part has.
+    pub(crate) async fn write_stored(&mut self, stored: &[u8]) -> Result<(), Error> {
+        let Some(raw) = self.plan.part.raw_bytes(stored.len() as u64) else {
+            let reason = format!("{} bytes are no block of the part", stored.len());
+            return Err(Error::InvalidField { field: "body".to_owned(), reason });
+        };
+        self.count(raw)?;
+        self.place(raw, stored).await
+    }
+
+    /// Writes a whole stored block of so many raw bytes, and seals it.
+    async fn place(&mut self, raw: u64, stored: &[u8]) -> Result<(), Error> {
+        if self.ready.is_empty() {
+            self.reserve(raw).await?;
+        }
+        let block = self.ready.pop();
+        let mut block = block.ok_or_else(|| Error::Internal("a reservation gave no block".to_owned()))?;
+        block.write(0, stored).map_err(|error| Error::Internal(error.to_string()))?;
+        let checksum = block_checksum(block.bytes());
+        self.sealed.push(block.seal_hashed(checksum));
+        Ok(())
+    }
+
+    /// Collects raw bytes until a block is whole, and stores that.
+    async fn narrow(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        while let Some((_, raw)) = self.lossy.as_mut().filter(|_| !bytes.is_empty()) {
+            let full = self.plan.block_bytes as usize;
+            let (now, later) = bytes.split_at((full - raw.len()).min(bytes.len()));
+            raw.extend_from_slice(now);
+            bytes = later;
+            if raw.len() == full {
+                self.round().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores the block that was collected, whole or the last.
+    async fn round(&mut self) -> Result<(), Error> {
+        let Some((shape, raw)) = self.lossy.as_mut().filter(|(_, raw)| !raw.is_empty()) else {
+            return Ok(());
+        };
+        let (stored, length) = (cold::stored(&self.plan.part, shape, raw)?, raw.len() as u64);
+        raw.clear();
+        self.place(length, &stored).await
     }
 
     /// Once the first piece is whole: tail and piece become one block, plane by plane.
@@ -226,6 +288,9 @@ impl WriteSink {
 
     /// Appends to the block that is being filled, sealing each that is full.
     async fn fill(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        if self.lossy.is_some() {
+            return self.narrow(bytes).await;
+        }
         while !bytes.is_empty() {
             if self.filling.is_none() {
                 if self.ready.is_empty() {
@@ -293,6 +358,7 @@ impl WriteSink {
                 None
             }
         };
+        self.round().await?;
         self.seal();
         let blocks: Vec<_> = self.sealed.iter().map(block_ref).collect();
         let write = Write {

@@ -35,6 +35,7 @@
 //! | 1 | all of it |
 //! | 2 | [`crate::blocks::Direction::Spare`]: a header of blocks says its way in a byte, where 1 says whether it pulls |
 //! | 2 | [`crate::control::LoadAnswer`], and its question |
+//! | 2 | a layout's part that cold tiers keep as FP8: a new form, beside which the others are as they were |
 //!
 //! A header of frames has a version of its own, its format, which is the same in both: hellos are frames too. The
 //! registry's messages ([`crate::control::RegistryFrame`]) begin with the link's version as all others do.
@@ -47,8 +48,9 @@
 use std::sync::Arc;
 
 use keepwarm_core::registry::ReplicaSet;
-use keepwarm_core::replica::{Compare, Envelope, Message, Span};
-use keepwarm_core::session::Stamp;
+use keepwarm_core::replica::{Compare, Content, Envelope, Message, Span};
+use keepwarm_core::session::{Layout, Stamp};
+use keepwarm_core::shard::Record;
 use keepwarm_types::{Generation, SessionKey};
 use rkyv::{Archive, Serialize};
 
@@ -105,11 +107,22 @@ enum WireSpan {
     Between { after: Option<WireKey>, through: Option<WireKey> },
 }
 
+/// The first version that has a word for a part's cold form.
+pub const LOSSY_SINCE: u16 = 2;
+
 /// Makes a frame of an envelope, in the version that its reader speaks.
 ///
 /// # Errors
-/// [`EncodeError`] where it holds more of something than a frame may: see [`crate::limits`].
+/// [`EncodeError`] where it holds more of something than a frame may: see [`crate::limits`]; and where it is about a session
+/// with a lossy layout, which a peer of version 1 could not hold.
 pub fn encode(envelope: &Envelope, version: Version) -> Result<Frame, EncodeError> {
+    if version.number() < LOSSY_SINCE && layout_in(&envelope.message).is_some_and(Layout::is_lossy) {
+        return Err(EncodeError::Unsayable {
+            what: "a layout with a cold form",
+            version,
+            since: LOSSY_SINCE,
+        });
+    }
     let wire = WireEnvelope {
         shard: envelope.shard.0,
         from: (&envelope.from).into(),
@@ -139,6 +152,21 @@ pub fn decode(frame: &Frame, layouts: &LayoutCache) -> Result<Envelope, DecodeEr
         message: wire.message.read(layouts, &set)?,
         set: Arc::new(set),
     })
+}
+
+/// The layout of the session that a message brings.
+fn layout_in(message: &Message) -> Option<&Layout> {
+    match message {
+        Message::Prepare(prepare) => match &prepare.record {
+            Record::Manifest(manifest, _) => Some(&manifest.layout),
+            _ => None,
+        },
+        Message::Install(install) => match &install.content {
+            Content::Live(manifest, _) => Some(&manifest.layout),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 fn wire_keys(what: &'static str, keys: &[SessionKey]) -> Result<Vec<WireKey>, TooLong> {

@@ -7,7 +7,7 @@
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use keepwarm_core::session::{Form, Layout, Order, PARTS_MAX, Part, Planes};
+use keepwarm_core::session::{Form, Fp8, Layout, Number, Order, PARTS_MAX, Part, Planes};
 use keepwarm_types::LayoutHash;
 use lru::LruCache;
 use rkyv::{Archive, Serialize};
@@ -69,9 +69,29 @@ struct WirePart {
 #[derive(Archive, Serialize)]
 enum WireForm {
     Paged(WirePlanes),
-    Window { planes: WirePlanes, window_tokens: u32 },
-    Snapshot { bytes: u64 },
-    Bytes { block_bytes: u64 },
+    Window {
+        planes: WirePlanes,
+        window_tokens: u32,
+    },
+    Snapshot {
+        bytes: u64,
+    },
+    Bytes {
+        block_bytes: u64,
+    },
+    /// Paged, and cold tiers keep FP8 of these numbers. Since version 2, whose other forms have the bytes of version 1
+    /// all the same: it is the last, and no larger than the largest.
+    Fp8 {
+        planes: WirePlanes,
+        from: WireNumber,
+    },
+}
+
+#[derive(Archive, Serialize)]
+enum WireNumber {
+    F32,
+    F16,
+    Bf16,
 }
 
 #[derive(Archive, Serialize)]
@@ -85,7 +105,7 @@ struct WirePlanes {
 impl WireLayout {
     pub(crate) fn new(layout: &Layout) -> Result<Self, TooLong> {
         within("layout.parts", layout.parts().len(), PARTS_MAX)?;
-        let part = |part: &Part| WirePart { name: part.name.to_string(), form: WireForm::from(&part.form) };
+        let part = |part: &Part| WirePart { name: part.name.to_string(), form: part.into() };
         Ok(Self {
             hash: layout.hash().0,
             model: layout.model().to_owned(),
@@ -95,15 +115,28 @@ impl WireLayout {
     }
 }
 
-impl From<&Form> for WireForm {
-    fn from(form: &Form) -> Self {
-        match form {
+impl From<&Part> for WireForm {
+    fn from(part: &Part) -> Self {
+        match &part.form {
+            Form::Paged(planes) if let Some(Fp8 { from }) = part.cold => {
+                Self::Fp8 { planes: planes.into(), from: from.into() }
+            }
             Form::Paged(planes) => Self::Paged(planes.into()),
             Form::Window { planes, window_tokens } => {
                 Self::Window { planes: planes.into(), window_tokens: *window_tokens }
             }
             Form::Snapshot { bytes } => Self::Snapshot { bytes: *bytes },
             Form::Bytes { block_bytes } => Self::Bytes { block_bytes: *block_bytes },
+        }
+    }
+}
+
+impl From<Number> for WireNumber {
+    fn from(number: Number) -> Self {
+        match number {
+            Number::F32 => Self::F32,
+            Number::F16 => Self::F16,
+            Number::Bf16 => Self::Bf16,
         }
     }
 }
@@ -130,7 +163,8 @@ impl ArchivedWireLayout {
             return Ok(layout);
         }
         let part = |part: &ArchivedWirePart| -> Result<Part, DecodeError> {
-            Ok(Part { name: name("layout.parts.name", &part.name)?, form: part.form.read() })
+            let (form, cold) = part.form.read();
+            Ok(Part { name: name("layout.parts.name", &part.name)?, form, cold })
         };
         let parts = self.parts.iter().map(part).collect::<Result<_, _>>()?;
         let layout =
@@ -143,7 +177,7 @@ impl ArchivedWireLayout {
 
     fn is(&self, layout: &Layout) -> bool {
         let same = |(wire, part): (&ArchivedWirePart, &Part)| {
-            part.name.as_str() == &*wire.name && part.form == wire.form.read()
+            part.name.as_str() == &*wire.name && (part.form, part.cold) == wire.form.read()
         };
         layout.model() == &*self.model
             && layout.fingerprint() == &*self.fingerprint
@@ -153,14 +187,28 @@ impl ArchivedWireLayout {
 }
 
 impl ArchivedWireForm {
-    fn read(&self) -> Form {
-        match self {
+    fn read(&self) -> (Form, Option<Fp8>) {
+        let form = match self {
             Self::Paged(planes) => Form::Paged(planes.read()),
             Self::Window { planes, window_tokens } => {
                 Form::Window { planes: planes.read(), window_tokens: window_tokens.to_native() }
             }
             Self::Snapshot { bytes } => Form::Snapshot { bytes: bytes.to_native() },
             Self::Bytes { block_bytes } => Form::Bytes { block_bytes: block_bytes.to_native() },
+            Self::Fp8 { planes, from } => {
+                return (Form::Paged(planes.read()), Some(Fp8 { from: from.read() }));
+            }
+        };
+        (form, None)
+    }
+}
+
+impl ArchivedWireNumber {
+    fn read(&self) -> Number {
+        match self {
+            Self::F32 => Number::F32,
+            Self::F16 => Number::F16,
+            Self::Bf16 => Number::Bf16,
         }
     }
 }
@@ -183,7 +231,8 @@ mod tests {
     use crate::version::Version;
 
     fn wire(model: &str) -> WireLayout {
-        let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 } };
+        let part =
+            Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 1 << 20 }, cold: None };
         WireLayout::new(&Layout::new(model, "f", vec![part]).unwrap()).unwrap()
     }
 

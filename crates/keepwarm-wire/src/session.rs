@@ -2,7 +2,7 @@
 
 use keepwarm_core::registry::Member;
 use keepwarm_core::session::{
-    BlockRef, Form, LABEL_BYTES_MAX, LABELS_MAX, Labels, Layout, Manifest, PARTS_MAX, Parent, PartState,
+    BlockRef, LABEL_BYTES_MAX, LABELS_MAX, Labels, Layout, Manifest, PARTS_MAX, Parent, Part, PartState,
     Protect, State, WRITE_IDS_KEPT, WriteMemo,
 };
 use keepwarm_types::{
@@ -278,13 +278,13 @@ impl ArchivedWireManifest {
             let reason = format!("{} of them, and the layout has {}", states.len(), parts.len());
             return Err(field("manifest.parts", reason));
         }
-        states.iter().zip(parts).map(|(state, part)| state.read(&part.form)).collect()
+        states.iter().zip(parts).map(|(state, part)| state.read(part)).collect()
     }
 }
 
 impl ArchivedWirePartState {
-    fn read(&self, form: &Form) -> Result<PartState, DecodeError> {
-        let block_bytes = form.block_bytes();
+    fn read(&self, part: &Part) -> Result<PartState, DecodeError> {
+        let block_bytes = part.stored_block_bytes();
         let block = |block: &ArchivedWireBlock| block.read("manifest.blocks.length", block_bytes);
         Ok(PartState {
             blocks: self.blocks.iter().map(block).collect::<Result<_, _>>()?,
@@ -342,7 +342,11 @@ mod tests {
     use crate::version::Version;
 
     fn wire() -> WireManifest {
-        let part = Part { name: "kv".parse().unwrap(), form: Form::Bytes { block_bytes: 16 } };
+        let part = Part {
+            name: "kv".parse().unwrap(),
+            form: keepwarm_core::session::Form::Bytes { block_bytes: 16 },
+            cold: None,
+        };
         let stamp = || WireStamp::from(keepwarm_core::session::Stamp::default());
         WireManifest {
             key: WireKey::new_unchecked("t", 0x4000_u128.rotate_left(64).to_be_bytes()),

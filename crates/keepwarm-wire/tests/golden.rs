@@ -18,8 +18,11 @@ use keepwarm_wire::{
 
 /// One frame a line: its name, then all of it in hexadecimal.
 const KEPT: &str = include_str!("golden/version-1.txt");
-/// What version 2 says in another way.
+/// What version 2 says in another way, or is the first to say.
 const KEPT_2: &str = include_str!("golden/version-2.txt");
+
+/// The name of the one message that version 1 has no word for.
+const LOSSY: &str = "prepare-lossy";
 
 /// The frames that are kept, by name.
 fn kept(lines: &'static str) -> BTreeMap<&'static str, Frame> {
@@ -60,6 +63,9 @@ fn written(version: Version) -> BTreeMap<&'static str, Frame> {
     for (name, envelope) in samples::envelopes() {
         frames.insert(name, envelope::encode(&envelope, version).unwrap());
     }
+    if let Ok(frame) = envelope::encode(&samples::lossy(), version) {
+        frames.insert(LOSSY, frame);
+    }
     for (name, header) in samples::headers() {
         if let Ok(frame) = header.encode(version) {
             frames.insert(name, frame);
@@ -96,9 +102,10 @@ fn version_1_is_written_byte_for_byte_as_it_was() {
 }
 
 #[test]
-fn version_2_is_version_1_but_for_its_number_and_the_headers_of_blocks() {
+fn version_2_is_version_1_but_for_its_number_the_headers_of_blocks_and_lossy_layouts() {
     let (mut kept, mut written) = (kept(KEPT), written(with(2)));
-    let headers = samples::headers().into_keys().filter_map(|name| written.remove_entry(name)).collect();
+    let own = samples::headers().into_keys().chain([LOSSY]);
+    let headers = own.filter_map(|name| written.remove_entry(name)).collect();
     assert_eq!(lines(&headers), KEPT_2);
     kept.retain(|name, _| !headers.contains_key(name) && !name.starts_with("hello"));
     written.retain(|name, _| !name.starts_with("hello"));
@@ -116,6 +123,7 @@ fn both_versions_are_read_as_they_were_meant() {
     for (name, meant) in samples::envelopes() {
         assert_eq!(envelope::decode(&one[name], &layouts).as_ref(), Ok(&meant), "{name}");
     }
+    assert_eq!(envelope::decode(&two[LOSSY], &layouts), Ok(samples::lossy()));
     for (name, meant) in samples::headers() {
         assert_eq!(BlocksHeader::decode(&two[name]).as_ref(), Ok(&meant), "{name}");
         let old = one.get(name).map(BlocksHeader::decode);
@@ -129,4 +137,11 @@ fn both_versions_are_read_as_they_were_meant() {
     let mine = Versions::ALL;
     assert_eq!(Hello::read(&one["hello"], mine), Ok(hello(1)));
     assert_eq!(HelloAnswer::read(&one["hello-accepted"], mine), Ok(HelloAnswer::Accepted(hello(1))));
+}
+
+#[test]
+fn a_lossy_layout_is_not_said_to_a_peer_of_version_1() {
+    let error = envelope::encode(&samples::lossy(), with(1)).unwrap_err();
+    let text = "a layout with a cold form cannot be said in version 1, which is what the peer speaks: it came with version 2";
+    assert_eq!(error.to_string(), text);
 }

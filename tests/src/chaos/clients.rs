@@ -262,7 +262,8 @@ pub(crate) struct Writer<'s, N> {
 impl<'s, N: Asked> Writer<'s, N> {
     /// Makes a session, before anything goes wrong.
     pub(crate) async fn new(shared: &'s Shared<N>, number: usize, rng: ChaCha8Rng) -> Result<Self, String> {
-        let part = PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: Some(BLOCK) } };
+        let part =
+            PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: Some(BLOCK) }, cold: None };
         let layout = Layout { model: "m".to_owned(), fingerprint: "f".to_owned(), parts: vec![part] };
         let node = &shared.nodes[number % shared.nodes.len()];
         let (session, etag) = node.create(&NewSession::new(layout)).await?;

@@ -93,8 +93,12 @@ pub fn layout(number: u64) -> Arc<Layout> {
         order: Order::Token,
     };
     let part = match number % 2 {
-        0 => Part { name: "kv".parse().unwrap(), form: Form::Paged(planes) },
-        _ => Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: BYTES_PER_BLOCK } },
+        0 => Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold: None },
+        _ => Part {
+            name: "b".parse().unwrap(),
+            form: Form::Bytes { block_bytes: BYTES_PER_BLOCK },
+            cold: None,
+        },
     };
     Arc::new(Layout::new("model", "print", vec![part]).unwrap())
 }

@@ -59,9 +59,10 @@ fn layout(session: u64) -> Arc<Layout> {
             plane_bytes_per_token: PLANE_BYTES,
             order,
         };
-        Part { name: name.parse().unwrap(), form: Form::Paged(planes) }
+        Part { name: name.parse().unwrap(), form: Form::Paged(planes), cold: None }
     };
-    let bytes = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: BYTES_PER_BLOCK } };
+    let bytes =
+        Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: BYTES_PER_BLOCK }, cold: None };
     let parts = match session % 3 {
         0 => vec![paged("kv", Order::Token)],
         1 => vec![paged("k", Order::Plane), paged("v", Order::Token)],

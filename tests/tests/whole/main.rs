@@ -5,6 +5,7 @@ mod archives;
 mod cluster_simulation;
 mod codes;
 mod differential;
+mod lossy;
 mod operators;
 mod shells;
 mod simulation;

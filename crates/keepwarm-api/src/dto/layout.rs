@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::session::{BLOCK_BYTES_DEFAULT, Form, Layout, Order, Part, PartName, Planes};
+use keepwarm_core::session::{BLOCK_BYTES_DEFAULT, Form, Fp8, Layout, Number, Order, Part, PartName, Planes};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -30,6 +30,35 @@ pub(crate) enum OrderDto {
     Plane,
 }
 
+/// What cold tiers keep of a part's numbers.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ColdDto {
+    dtype: ColdNumberDto,
+    /// What the numbers are that clients and models have.
+    from: NumberDto,
+}
+
+/// A narrow number.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ColdNumberDto {
+    /// FP8 E4M3, with a scale for each plane of a block.
+    Fp8,
+}
+
+/// A number, in little-endian bytes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum NumberDto {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of a binary32.
+    Bf16,
+}
+
 /// One kind of state.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "form", rename_all = "lowercase", deny_unknown_fields)]
@@ -46,6 +75,10 @@ pub(crate) enum PartDto {
         plane_bytes_per_token: u32,
         /// How the bytes lie.
         order: OrderDto,
+        /// What cold tiers keep instead of the bytes, if not these; needs order = plane. What is read then is near to what
+        /// was written, and the session says `lossy`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cold: Option<ColdDto>,
     },
     /// The same, but only the last tokens need exist.
     Window {
@@ -87,6 +120,26 @@ impl OrderDto {
     }
 }
 
+impl NumberDto {
+    const fn number(self) -> Number {
+        match self {
+            Self::F32 => Number::F32,
+            Self::F16 => Number::F16,
+            Self::Bf16 => Number::Bf16,
+        }
+    }
+}
+
+impl From<Number> for NumberDto {
+    fn from(number: Number) -> Self {
+        match number {
+            Number::F32 => Self::F32,
+            Number::F16 => Self::F16,
+            Number::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 impl LayoutDto {
     pub(crate) fn layout(self) -> Result<Arc<Layout>, Problem> {
         let wrong = |error: keepwarm_core::session::LayoutError| Problem::field(error.field, error.reason);
@@ -112,8 +165,10 @@ impl PartDto {
             plane_bytes_per_token,
             order: order.order(),
         };
+        let mut fp8 = None;
         let (name, form) = match self {
-            Self::Paged { name, tokens_per_block, planes, plane_bytes_per_token, order } => {
+            Self::Paged { name, tokens_per_block, planes, plane_bytes_per_token, order, cold } => {
+                fp8 = cold.map(|ColdDto { dtype: ColdNumberDto::Fp8, from }| Fp8 { from: from.number() });
                 (name, Form::Paged(geometry(tokens_per_block, planes, plane_bytes_per_token, order)))
             }
             Self::Window { name, tokens_per_block, planes, plane_bytes_per_token, order, window_tokens } => {
@@ -126,7 +181,7 @@ impl PartDto {
             }
         };
         let name: PartName = name.parse()?;
-        Ok(Part { name, form })
+        Ok(Part { name, form, cold: fp8 })
     }
 
     fn of(part: &Part) -> Self {
@@ -140,6 +195,7 @@ impl PartDto {
                 planes: planes.planes,
                 plane_bytes_per_token: planes.plane_bytes_per_token,
                 order: order(&planes),
+                cold: part.cold.map(|Fp8 { from }| ColdDto { dtype: ColdNumberDto::Fp8, from: from.into() }),
             },
             Form::Window { planes, window_tokens } => Self::Window {
                 name,
@@ -164,11 +220,17 @@ mod tests {
         let text = r#"{"model":"m","fingerprint":"f","parts":[
             {"name":"kv","form":"paged","tokens_per_block":16,"planes":60,"plane_bytes_per_token":384,"order":"plane"},
             {"name":"w","form":"window","tokens_per_block":8,"planes":2,"plane_bytes_per_token":4,"order":"token","window_tokens":99},
-            {"name":"s","form":"snapshot","bytes":5},{"name":"b","form":"bytes"}]}"#;
+            {"name":"s","form":"snapshot","bytes":5},{"name":"b","form":"bytes"},
+            {"name":"c","form":"paged","tokens_per_block":16,"planes":60,"plane_bytes_per_token":384,"order":"plane",
+             "cold":{"dtype":"fp8","from":"bf16"}}]}"#;
         let layout = crate::extract::parse_json::<LayoutDto>(text.as_bytes()).unwrap().layout().unwrap();
         let back = LayoutDto::of(&layout).layout().unwrap();
         assert_eq!(layout, back);
         assert_eq!(layout.parts()[3].form.block_bytes(), 1 << 20);
+        assert_eq!(
+            (layout.parts()[0].cold, layout.parts()[4].cold),
+            (None, Some(Fp8 { from: Number::Bf16 }))
+        );
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub(crate) struct SessionDto {
     birth: String,
     layout: LayoutDto,
     layout_hash: String,
+    /// Whether cold tiers keep a part of it as narrower numbers: what comes back from them is near to what went there.
+    lossy: bool,
     /// Seconds, or "forever".
     protect_s: Value,
     ttl_s: Option<f64>,
@@ -77,6 +79,7 @@ impl From<SessionInfo> for SessionDto {
             birth: m.birth.to_string(),
             layout: LayoutDto::of(&m.layout),
             layout_hash: m.layout.hash().to_string(),
+            lossy: m.layout.is_lossy(),
             protect_s: match m.protect {
                 Protect::For(duration) => json!(duration.0 as f64 / 1000.0),
                 Protect::Forever => json!("forever"),

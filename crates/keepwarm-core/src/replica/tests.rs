@@ -143,7 +143,7 @@ impl Net {
     }
 
     fn create(&mut self, n: u128) -> SessionKey {
-        let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 8 } };
+        let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 8 }, cold: None };
         let create = Create {
             layout: Arc::new(Layout::new("m", "f", vec![part]).unwrap()),
             birth: Birth::from_random(7),

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use keepwarm_types::{Bytes, LayoutHash, Tokens, valid_name};
 
+use super::cold::{Fp8, Number};
+
 /// Most parts in one layout: one per rank of a 64-GPU tensor-parallel group, twice.
 pub const PARTS_MAX: usize = 128;
 /// Block size of a `bytes` part that does not name one.
@@ -156,6 +158,8 @@ pub struct Part {
     pub name: PartName,
     /// What its bytes are.
     pub form: Form,
+    /// What cold tiers keep instead of its bytes; where absent, these. Of paged parts in plane order only.
+    pub cold: Option<Fp8>,
 }
 
 /// What a session's bytes are: model, fingerprint and parts. Immutable; made by [`Layout::new`] only.
@@ -246,6 +250,7 @@ impl Layout {
                     within(format!("{at}.block_bytes"), *block_bytes, BLOCK_BYTES_MAX)?
                 }
             }
+            part.check_cold().map_err(|(field, why)| LayoutError::new(format!("{at}.cold{field}"), why))?;
         }
         let hash = LayoutHash::of(&canonical(model, fingerprint, &parts));
         Ok(Self { model: model.into(), fingerprint: fingerprint.into(), parts: parts.into(), hash })
@@ -273,6 +278,28 @@ impl Layout {
     #[must_use]
     pub fn part_index(&self, name: &str) -> Option<usize> {
         self.parts.iter().position(|part| part.name.as_str() == name)
+    }
+
+    /// Whether what comes back from a cold tier is not always what went there.
+    #[must_use]
+    pub fn is_lossy(&self) -> bool {
+        self.parts.iter().any(|part| part.cold.is_some())
+    }
+
+    /// The same layout with this cold form of each paged part in plane order, and of no other.
+    ///
+    /// # Errors
+    /// [`LayoutError`] where a part cannot have it, or none is in plane order.
+    pub fn with_cold(&self, cold: Option<Fp8>) -> Result<Self, LayoutError> {
+        let takes = |part: &Part| matches!(part.form, Form::Paged(Planes { order: Order::Plane, .. }));
+        if cold.is_some() && !self.parts.iter().any(takes) {
+            return Err(LayoutError::new(
+                "parts",
+                "none is paged in plane order, so none can be kept as fp8",
+            ));
+        }
+        let part = |part: &Part| Part { cold: cold.filter(|_| takes(part)), ..part.clone() };
+        Self::new(&self.model, &self.fingerprint, self.parts.iter().map(part).collect())
     }
 
     /// BLAKE3 of the canonical encoding.
@@ -313,6 +340,15 @@ fn canonical(model: &str, fingerprint: &str, parts: &[Part]) -> Vec<u8> {
             Form::Snapshot { bytes } => out.extend(bytes.to_le_bytes()),
             Form::Bytes { block_bytes } => out.extend(block_bytes.to_le_bytes()),
         }
+        if let Some(Fp8 { from }) = part.cold {
+            // No part has a name with a space, so this is not taken for the next one's.
+            text(&mut out, "cold fp8");
+            out.push(match from {
+                Number::F32 => 0,
+                Number::F16 => 1,
+                Number::Bf16 => 2,
+            });
+        }
     }
     out
 }
@@ -323,7 +359,7 @@ mod tests {
 
     fn kv(tokens_per_block: u32) -> Part {
         let planes = Planes { tokens_per_block, planes: 60, plane_bytes_per_token: 384, order: Order::Plane };
-        Part { name: "kv".parse().unwrap(), form: Form::Paged(planes) }
+        Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold: None }
     }
 
     #[test]
@@ -353,7 +389,7 @@ mod tests {
         assert_eq!(field(Layout::new("m", "f", vec![])), "layout.parts");
         assert_eq!(field(Layout::new("m", "f", vec![kv(0)])), "layout.parts[0].tokens_per_block");
         assert_eq!(field(Layout::new("m", "f", vec![kv(16), kv(16)])), "layout.parts[1].name");
-        let huge = Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: u64::MAX } };
+        let huge = Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: u64::MAX }, cold: None };
         assert_eq!(field(Layout::new("m", "f", vec![huge])), "layout.parts[0].bytes");
     }
 }

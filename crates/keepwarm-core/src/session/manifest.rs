@@ -10,7 +10,7 @@ use keepwarm_types::{
     PlacementSeq, Revision, SessionId, SessionKey, Timestamp, Tokens, WriteId,
 };
 
-use super::layout::Layout;
+use super::layout::{Layout, Part};
 use crate::registry::Member;
 
 /// How many of its last write ids a session remembers.
@@ -32,7 +32,9 @@ pub struct BlockRef {
     pub instance: InstanceId,
     /// Checksum over its `length` bytes.
     pub checksum: BlockChecksum,
-    /// Valid bytes; a full block has the part's block size.
+    /// Valid bytes as cold tiers keep them; a full block has the part's [`Part::stored_block_bytes`].
+    ///
+    /// [`Part::stored_block_bytes`]: super::Part::stored_block_bytes
     pub length: u32,
 }
 
@@ -45,9 +47,9 @@ pub struct PartState {
     pub blocks: Vec<BlockRef>,
     /// Blocks below this index are outside a `window` part's window and gone; `blocks[0]` is block number `first_block`.
     pub first_block: u32,
-    /// Bytes of the part from its very beginning, those below `first_block` included. Kept while cold.
+    /// Raw bytes of the part from its very beginning, those below `first_block` included. Kept while cold.
     pub length: Bytes,
-    /// XXH3-128 over all the part's bytes, where a whole write made it known.
+    /// XXH3-128 over all the part's bytes, where a whole write made it known. Never of a part whose cold form is another.
     pub digest: Option<BlockChecksum>,
 }
 
@@ -189,10 +191,19 @@ impl Manifest {
         Etag { birth: self.birth, revision: self.revision }
     }
 
-    /// Bytes that the manifest names now, over all parts.
+    /// Bytes that the manifest names now, over all parts, as cold tiers keep them.
     #[must_use]
     pub fn stored_bytes(&self) -> Bytes {
         Bytes(self.instances().map(|block| u64::from(block.length)).sum())
+    }
+
+    /// Bytes that all it names takes on a GPU.
+    #[must_use]
+    pub fn raw_bytes(&self) -> Bytes {
+        let raw = |(part, state): (&Part, &PartState)| {
+            part.raw_sum(state.blocks.iter().map(|block| block.length)).unwrap_or(state.length)
+        };
+        self.layout.parts().iter().zip(&self.parts).map(raw).sum()
     }
 
     /// Its bytes are gone, for this reason; lengths stay.

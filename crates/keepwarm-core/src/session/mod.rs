@@ -2,11 +2,13 @@
 //!
 //! These are plain values; the decisions over them are in [`crate::shard`].
 
+mod cold;
 mod layout;
 mod lease;
 mod manifest;
 mod transcript;
 
+pub use cold::{Fp8, Number, SCALE_BYTES};
 pub use layout::{
     BLOCK_BYTES_DEFAULT, BLOCK_BYTES_MAX, Form, Layout, LayoutError, Order, PARTS_MAX, Part, PartName,
     Planes, TOKENS_PER_BLOCK_MAX,

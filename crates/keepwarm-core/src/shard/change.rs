@@ -239,13 +239,18 @@ pub(super) fn validate_manifest(manifest: &Manifest) {
             assert!(state.blocks.is_empty(), "{key}: part {index} is cold and names blocks");
             continue;
         }
-        let full = part.form.block_bytes();
-        let named: u64 = state.blocks.iter().map(|block| u64::from(block.length)).sum();
+        let before = Bytes(u64::from(state.first_block) * part.form.block_bytes());
+        let named = part.raw_sum(state.blocks.iter().map(|block| block.length));
         assert_eq!(
-            u64::from(state.first_block) * full + named,
-            state.length.0,
+            named.map(|named| before + named),
+            Some(state.length),
             "{key}: part {index} does not add up"
         );
+        assert!(
+            part.cold.is_none() || state.digest.is_none(),
+            "{key}: part {index} has a digest of other bytes"
+        );
+        let full = part.stored_block_bytes();
         if let Some((last, rest)) = state.blocks.split_last() {
             assert!(
                 rest.iter().all(|block| u64::from(block.length) == full),

@@ -6,7 +6,7 @@ use keepwarm_types::{
     Birth, Bytes, Epoch, Generation, LeaseId, Millis, Revision, SessionId, Timestamp, Tokens, TxnId,
 };
 
-use crate::session::{BlockRef, Etag, Home, Lease, Manifest, Planes};
+use crate::session::{BlockRef, Etag, Home, Lease, Manifest, Part, Planes};
 
 /// A successful answer.
 #[derive(Debug, Clone)]
@@ -73,8 +73,10 @@ pub struct WritePlan {
     pub tail: Option<BlockRef>,
     /// How many of the tail's bytes to copy.
     pub tail_bytes: u32,
-    /// Bytes in a full block.
+    /// Raw bytes in a full block.
     pub block_bytes: u64,
+    /// The part, which says what a block's stored bytes are.
+    pub part: Part,
     /// Bytes of the part before the first new block.
     pub base: Bytes,
     /// Planes of a plane-ordered part: a tail that is part full must be merged with the body plane by plane.

@@ -13,7 +13,9 @@ use super::event::{Commit, PlanWrite, Precondition, RequestId, Turn, Write, Writ
 use super::refusal::Refusal;
 use super::state::{Handled, STAGE_TTL, Shard, TXNS_MAX, Timer};
 use super::view::{Answer, Staged, WritePlan, Written};
-use crate::session::{Form, Manifest, Order, PartState, State, TranscriptDelta, WRITE_IDS_KEPT, WriteMemo};
+use crate::session::{
+    Form, Manifest, Order, Part, PartState, State, TranscriptDelta, WRITE_IDS_KEPT, WriteMemo,
+};
 
 /// Where a write's new blocks begin.
 struct Placement {
@@ -30,17 +32,18 @@ impl Shard {
         let entry = self.live(key)?;
         let manifest = entry.manifest()?;
         let index = part_index(manifest, &plan.part)?;
-        let form = &manifest.layout.parts()[index].form;
+        let part = &manifest.layout.parts()[index];
+        let form = &part.form;
         let repeated =
             plan.precondition.write_id.and_then(|id| manifest.writes.iter().find(|memo| memo.id == id));
         if repeated.is_none() {
             check(entry, now, &plan.precondition)?;
         }
         let base = effective(entry, plan.txn, index)?;
-        let placement = match (place(form, &base, plan.mode, manifest), repeated) {
+        let placement = match (place(part, &base, plan.mode, manifest), repeated) {
             (Ok(placement), _) => placement,
             // A repeated write meets the state that it made itself.
-            (Err(_), Some(memo)) => return Ok(Some(Answer::Plan(Box::new(repeat(manifest, form, memo))))),
+            (Err(_), Some(memo)) => return Ok(Some(Answer::Plan(Box::new(repeat(manifest, part, memo))))),
             (Err(refusal), None) => return Err(refusal),
         };
         if let Some(body) = plan.body {
@@ -56,6 +59,7 @@ impl Shard {
             tail,
             tail_bytes: placement.tail_bytes,
             block_bytes: form.block_bytes(),
+            part: part.clone(),
             base: placement.base,
             planes: form.planes().filter(|planes| planes.order == Order::Plane).copied(),
             unit: placement.unit,
@@ -83,7 +87,7 @@ impl Shard {
         check(entry, now, &write.precondition)?;
         let index = part_index(&manifest, &write.part)?;
         let base = effective(entry, write.txn, index)?;
-        let state = lay(&manifest.layout.parts()[index].form, &base, &write, &manifest)?;
+        let state = lay(&manifest.layout.parts()[index], &base, &write, &manifest)?;
         let brought: Vec<_> = write.blocks.iter().map(|block| block.instance).collect();
         if let Some(txn) = write.txn {
             let staged = self.stage(now, key, txn, index, state, brought.clone(), out)?;
@@ -411,14 +415,15 @@ fn written_before(manifest: &Arc<Manifest>, memo: &WriteMemo) -> Written {
     }
 }
 
-fn repeat(manifest: &Arc<Manifest>, form: &Form, memo: &WriteMemo) -> WritePlan {
+fn repeat(manifest: &Arc<Manifest>, part: &Part, memo: &WriteMemo) -> WritePlan {
     WritePlan {
         birth: manifest.birth,
         revision: manifest.revision,
         first_block: 0,
         tail: None,
         tail_bytes: 0,
-        block_bytes: form.block_bytes(),
+        block_bytes: part.form.block_bytes(),
+        part: part.clone(),
         base: Bytes::ZERO,
         planes: None,
         unit: 1,
@@ -441,7 +446,8 @@ fn effective(entry: &Entry, txn: Option<TxnId>, index: usize) -> Result<PartStat
     })
 }
 
-fn place(form: &Form, base: &PartState, mode: WriteMode, manifest: &Manifest) -> Result<Placement, Refusal> {
+fn place(part: &Part, base: &PartState, mode: WriteMode, manifest: &Manifest) -> Result<Placement, Refusal> {
+    let form = &part.form;
     let unit = form.planes().map_or(1, crate::session::Planes::token_bytes);
     let offset = match mode {
         WriteMode::Replace => {
@@ -469,6 +475,11 @@ fn place(form: &Form, base: &PartState, mode: WriteMode, manifest: &Manifest) ->
     let aligned = at.is_multiple_of(block);
     if at != base.length.0 && !(plane_ordered && aligned && at < base.length.0) {
         return Err(refuse());
+    }
+    if part.cold.is_some() && !aligned {
+        let reason = "the numbers of a part-full block are rounded already, and would be once more: write from the \
+                      block's first token on";
+        return Err(Refusal::InvalidField { field: "offset".to_owned(), reason: reason.to_owned() });
     }
     let first_block = u32::try_from(at / block).map_err(|_| refuse())?;
     if first_block < base.first_block {
@@ -498,8 +509,9 @@ fn check_length(form: &Form, placement: &Placement, body: Bytes) -> Result<(), R
 }
 
 /// The part's state after a write; everything is checked again, since the plan may be old.
-fn lay(form: &Form, base: &PartState, write: &Write, manifest: &Manifest) -> Result<PartState, Refusal> {
-    let placement = place(form, base, write.mode, manifest)?;
+fn lay(part: &Part, base: &PartState, write: &Write, manifest: &Manifest) -> Result<PartState, Refusal> {
+    let form = &part.form;
+    let placement = place(part, base, write.mode, manifest)?;
     let kept = (placement.first_block - base.first_block.min(placement.first_block)) as usize;
     let replaced = write.mode == WriteMode::Replace;
     let tail =
@@ -507,22 +519,27 @@ fn lay(form: &Form, base: &PartState, write: &Write, manifest: &Manifest) -> Res
     if write.first_block != placement.first_block || write.tail != tail {
         return Err(mismatch(manifest));
     }
-    let added: u64 = write.blocks.iter().map(|block| u64::from(block.length)).sum();
-    check_length(form, &placement, Bytes(added))?;
-    let full = form.block_bytes();
+    let shapeless = || {
+        let reason = "the blocks do not add up to the part".to_owned();
+        Refusal::InvalidField { field: "body".to_owned(), reason }
+    };
+    let added = part.raw_sum(write.blocks.iter().map(|block| block.length)).ok_or_else(shapeless)?;
+    check_length(form, &placement, added)?;
+    let full = part.stored_block_bytes();
     let shaped = write.blocks.split_last().is_none_or(|(last, rest)| {
         last.length > 0
             && u64::from(last.length) <= full
             && rest.iter().all(|block| u64::from(block.length) == full)
     });
-    if !shaped || placement.base.0 + added != write.length.0 {
-        let reason = "the blocks do not add up to the part".to_owned();
-        return Err(Refusal::InvalidField { field: "body".to_owned(), reason });
+    if !shaped || placement.base + added != write.length {
+        return Err(shapeless());
     }
     let mut blocks = if replaced { Vec::new() } else { base.blocks[..kept].to_vec() };
     blocks.extend_from_slice(&write.blocks);
     let first_block = if replaced { 0 } else { base.first_block };
-    Ok(PartState { blocks, first_block, length: write.length, digest: write.digest })
+    // What was sent is not what will be read where a cold tier keeps less.
+    let digest = write.digest.filter(|_| part.cold.is_none());
+    Ok(PartState { blocks, first_block, length: write.length, digest })
 }
 
 /// Makes a cold manifest one that can be written from nothing; one without bytes has its holders chosen anew.

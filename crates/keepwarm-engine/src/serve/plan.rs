@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::session::{Etag, Labels, Message, PROTECT_DEFAULT, Protect};
+use keepwarm_core::session::{Labels, Layout, Message, PROTECT_DEFAULT, Protect};
 use keepwarm_core::shard::Refusal;
 use keepwarm_node::{CreateRequest, Error, ForkRequest};
 use keepwarm_types::{SessionKey, Tokens};
 
 use super::branch::{Stored, shared_messages};
 use super::turn::{Inner, Served};
-use crate::chat::{ChatError, ChatMessage, Prompt};
+use crate::chat::{ChatError, ChatMessage, Cold, Prompt, SessionRef};
 
 /// What a call continues, and from where.
 pub(super) struct Plan {
@@ -26,6 +26,37 @@ pub(super) struct Plan {
 
 fn text_error(error: impl std::fmt::Display) -> ChatError {
     ChatError::InvalidField { field: "messages".to_owned(), reason: error.to_string() }
+}
+
+/// The layout of a session that a call makes.
+fn new_layout(served: &Served, cold: Option<Cold>) -> Result<Arc<Layout>, ChatError> {
+    match cold {
+        None | Some(Cold::Exact) => Ok(Arc::clone(&served.layout)),
+        Some(Cold::Fp8) => served.lossy.as_ref().map(Arc::clone).ok_or_else(|| ChatError::InvalidField {
+            field: "Keepwarm-Cold".to_owned(),
+            reason: "the model's blocks are too small to gain by fp8: leave it out".to_owned(),
+        }),
+    }
+}
+
+/// Whether a stored session's state is this model's, and kept as the call says.
+fn check_layout(served: &Served, layout: &Layout, cold: Option<Cold>) -> Result<(), ChatError> {
+    let is = |served: &Arc<Layout>| served.hash() == layout.hash();
+    let stored = if is(&served.layout) {
+        Cold::Exact
+    } else if served.lossy.as_ref().is_some_and(is) {
+        Cold::Fp8
+    } else {
+        return Err(Error::Refused(Refusal::LayoutMismatch).into());
+    };
+    match cold.filter(|asked| *asked != stored) {
+        None => Ok(()),
+        Some(asked) => {
+            let (asked, stored) = (asked.word(), stored.word());
+            let why = format!("Keepwarm-Cold says {asked}, and the session is {stored} for its whole life");
+            Err(Error::Refused(Refusal::Conflict(why)).into())
+        }
+    }
 }
 
 impl Inner {
@@ -51,12 +82,17 @@ impl Inner {
     }
 
     /// The session, made if it is new, and its branches.
-    async fn family(&self, served: &Served, key: &SessionKey) -> Result<Vec<Stored>, ChatError> {
+    async fn family(
+        &self,
+        served: &Served,
+        key: &SessionKey,
+        cold: Option<Cold>,
+    ) -> Result<Vec<Stored>, ChatError> {
         let root = match self.stored(key).await {
             Err(Error::Refused(Refusal::UnknownSession | Refusal::Expired { .. })) => {
                 let request = CreateRequest {
                     id: Some(key.id),
-                    layout: Arc::clone(&served.layout),
+                    layout: new_layout(served, cold)?,
                     protect: Protect::For(PROTECT_DEFAULT),
                     ttl: None,
                     labels: Labels::new(),
@@ -67,9 +103,7 @@ impl Inner {
             }
             other => other?,
         };
-        if root.info.manifest.layout.hash() != served.layout.hash() {
-            return Err(Error::Refused(Refusal::LayoutMismatch).into());
-        }
+        check_layout(served, &root.info.manifest.layout, cold)?;
         let mut family = vec![root];
         for branch in family[0].info.manifest.branches.clone() {
             // A branch that has ended since is no candidate.
@@ -86,10 +120,10 @@ impl Inner {
         served: &Served,
         key: &SessionKey,
         prompt: &Prompt,
-        if_match: Option<Etag>,
+        session: &SessionRef,
     ) -> Result<Plan, ChatError> {
-        let mut family = self.family(served, key).await?;
-        let history: Vec<ChatMessage> = match (prompt, if_match) {
+        let mut family = self.family(served, key, session.cold).await?;
+        let history: Vec<ChatMessage> = match (prompt, session.if_match) {
             (Prompt::Text(text), _) => return self.plan_text(served, family, text).await,
             (Prompt::Messages(messages), None) => messages.clone(),
             (Prompt::Messages(messages), Some(etag)) => {

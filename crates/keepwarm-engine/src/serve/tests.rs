@@ -3,15 +3,16 @@ use std::time::{Duration, Instant};
 
 use keepwarm_config::{BatchConfig, Config, ModelConfig, SingleNode};
 use keepwarm_core::session::Etag;
-use keepwarm_node::{Handle, Node};
+use keepwarm_core::shard::Refusal;
+use keepwarm_node::{Error, Handle, Node};
 use keepwarm_test_devices::gpus;
 use keepwarm_types::{Bytes, SessionId, SessionKey, Source, Tier};
 use uuid::Uuid;
 
 use super::Service;
 use crate::chat::{
-    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, EVENTS_AHEAD, Finished, Prompt, SessionRef,
-    Started,
+    ChatBackend, ChatError, ChatEvent, ChatMessage, ChatRequest, Cold, EVENTS_AHEAD, Finished, Prompt,
+    SessionRef, Started,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -75,7 +76,7 @@ fn message(role: &str, content: &str) -> ChatMessage {
 fn request(id: Option<u128>, messages: &[ChatMessage]) -> ChatRequest {
     ChatRequest {
         tenant: "default".parse().unwrap(),
-        session: id.map(|id| SessionRef { id: session(id), if_match: None }),
+        session: id.map(|id| SessionRef { id: session(id), if_match: None, cold: None }),
         model: "tiny".to_owned(),
         prompt: Prompt::Messages(messages.to_vec()),
         max_tokens: Some(12),
@@ -160,6 +161,33 @@ async fn a_second_turn_reuses_the_first_ones_state() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lossy_conversation_is_evicted_and_answers_on_from_what_came_back() {
+    let bench = bench(None, 8 << 20).await;
+    let call = |cold, history: &[ChatMessage]| {
+        let session = Some(SessionRef { id: session(1), if_match: None, cold });
+        ChatRequest { session, ..request(None, history) }
+    };
+    let mut history = vec![message("user", &"word ".repeat(30))];
+    let (first, text, _) = answer(&bench.service, call(Some(Cold::Fp8), &history)).await.unwrap();
+    bench.handle.settled(&key(1)).await.unwrap();
+    let manifest = bench.handle.get(&key(1)).await.unwrap().manifest;
+    assert!(manifest.layout.is_lossy() && manifest.stored_bytes().0 * 10 < manifest.raw_bytes().0 * 6);
+    bench.handle.demote(&key(1), Tier::Pinned).await.unwrap();
+    history.extend([message("assistant", &text), message("user", "more")]);
+    let refused = answer(&bench.service, call(Some(Cold::Exact), &history)).await.unwrap_err();
+    assert!(matches!(refused, ChatError::Store(Error::Refused(Refusal::Conflict(_)))), "{refused:?}");
+    let (second, text, finished) = answer(&bench.service, call(None, &history)).await.unwrap();
+    assert_eq!(second.source, Source::Pinned);
+    assert!(second.cached_tokens + 1 >= first.prompt_tokens && !finished.uncached, "{second:?}");
+    // A fork has its parent's layout.
+    history.truncate(1);
+    history.extend([message("assistant", &text), message("user", "something else")]);
+    let (fork, ..) = answer(&bench.service, call(Some(Cold::Fp8), &history)).await.unwrap();
+    assert!(fork.diverged_at.is_some(), "{fork:?}");
+    bench.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_history_that_leaves_the_stored_one_forks_and_destroys_nothing() {
     let bench = bench(None, 8 << 20).await;
     let start = [message("user", &"tell me of the sea ".repeat(5))];
@@ -193,7 +221,7 @@ async fn if_match_names_what_the_messages_follow() {
     bench.handle.settled(&key(1)).await.unwrap();
     let following = |etag: Option<Etag>| {
         let mut call = request(Some(1), &[message("user", "two")]);
-        call.session = Some(SessionRef { id: session(1), if_match: etag });
+        call.session = Some(SessionRef { id: session(1), if_match: etag, cold: None });
         call
     };
     answer(&bench.service, following(first.etag)).await.unwrap();

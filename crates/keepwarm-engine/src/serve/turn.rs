@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use keepwarm_config::ModelConfig;
 use keepwarm_core::session::{
-    Etag, Form, Layout, LayoutError, Message, Order, Part, Planes, TranscriptDelta,
+    Etag, Form, Fp8, Layout, LayoutError, Message, Number, Order, Part, Planes, TranscriptDelta,
 };
 use keepwarm_memory::Block;
 use keepwarm_node::{ActivateRequest, ContextInfo, Error, Handle, TurnPart, TurnRequest};
@@ -72,6 +72,8 @@ pub(super) struct Served {
     info: ModelInfo,
     pub(super) model: Arc<Model>,
     pub(super) layout: Arc<Layout>,
+    /// The same model's state, kept as FP8 in cold tiers; none where its blocks are too small for that.
+    pub(super) lossy: Option<Arc<Layout>>,
     runner: Runner,
     /// A slot in the batch, taken before memory is.
     slots: Arc<Semaphore>,
@@ -122,7 +124,7 @@ fn layout_of(name: &str, model: &Model) -> Result<Arc<Layout>, LayoutError> {
         plane_bytes_per_token: small(g.plane_bytes_per_token()),
         order: Order::Plane,
     };
-    let part = Part { name: "kv".parse()?, form: Form::Paged(planes) };
+    let part = Part { name: "kv".parse()?, form: Form::Paged(planes), cold: None };
     Layout::new(name, model.fingerprint(), vec![part]).map(Arc::new)
 }
 
@@ -137,6 +139,7 @@ impl Service {
             let model = Arc::new(load(config)?);
             let layout = layout_of(&name, &model)
                 .map_err(|cause| ServiceError::Layout { name: name.clone(), cause })?;
+            let lossy = layout.with_cold(Some(Fp8 { from: Number::F16 })).ok().map(Arc::new);
             let metrics = Arc::clone(handle.metrics());
             let runner = Runner::start(&name, Arc::clone(&model), config.batch, metrics);
             let runner = runner.map_err(|cause| ServiceError::Thread { name: name.clone(), cause })?;
@@ -149,7 +152,15 @@ impl Service {
                 loaded_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             };
             let slots = Arc::new(Semaphore::new(config.batch.max as usize));
-            Ok(Served { info, model, layout, runner, slots, waiting: Arc::new(Semaphore::new(QUEUE_MAX)) })
+            Ok(Served {
+                info,
+                model,
+                layout,
+                lossy,
+                runner,
+                slots,
+                waiting: Arc::new(Semaphore::new(QUEUE_MAX)),
+            })
         };
         let models = models.iter().map(serve).collect::<Result<_, _>>()?;
         let inner = Inner { handle: handle.clone(), models, gates: Arc::default(), replays: Arc::default() };
@@ -178,7 +189,7 @@ impl Service {
             Some(session) => {
                 let key = SessionKey::new(request.tenant.clone(), session.id);
                 let pass = inner.gates.enter(&key).await?;
-                let plan = inner.plan(served, &key, &request.prompt, session.if_match).await?;
+                let plan = inner.plan(served, &key, &request.prompt, &session).await?;
                 let tokens = plan.tokens.clone();
                 (Some((plan, pass)), tokens)
             }

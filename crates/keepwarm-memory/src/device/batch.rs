@@ -7,6 +7,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use futures::channel::oneshot;
 
 use super::event::Progress;
+use super::fp8::{Dequantise, Quantise};
 use super::health::Health;
 use super::regions::{FromRegion, IntoRegion};
 use super::steps::{Errand, FillJob, Step};
@@ -68,6 +69,8 @@ pub(super) enum Work {
     Fill(Submission<FillJob>),
     Gather(Submission<GatherJob>),
     Scatter(Submission<ScatterJob>),
+    Quantise(Submission<Quantise>),
+    Dequantise(Submission<Dequantise>),
     FromRegion(Submission<FromRegion>),
     IntoRegion(Submission<IntoRegion>),
 }
@@ -79,6 +82,8 @@ impl Work {
             Self::Fill(submission) => by.run(submission),
             Self::Gather(submission) => by.run(submission),
             Self::Scatter(submission) => by.run(submission),
+            Self::Quantise(submission) => by.run(submission),
+            Self::Dequantise(submission) => by.run(submission),
             Self::FromRegion(submission) => by.run(submission),
             Self::IntoRegion(submission) => by.run(submission),
         }
@@ -90,6 +95,8 @@ impl Work {
             Self::Fill(submission) => submission.into_targets(),
             Self::Gather(submission) => submission.into_targets(),
             Self::Scatter(submission) => submission.into_targets(),
+            Self::Quantise(submission) => submission.into_targets(),
+            Self::Dequantise(submission) => submission.into_targets(),
             Self::FromRegion(submission) => submission.into_targets(),
             Self::IntoRegion(submission) => submission.into_targets(),
         }

@@ -10,12 +10,13 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::batch::{Outcome, Run, STREAM_QUEUE_MAX, Submission, Work, due, enqueue};
 use super::event::{Event, Progress};
+use super::fp8::{Dequantise, Quantise};
 use super::health::Health;
 use super::link::{Link, LinkError};
 use super::steps::{Ended, FillJob, Step};
 use super::{
-    Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
-    RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
+    DequantiseJob, Device, DeviceError, DeviceState, Direction, GatherJob, Job, QuantiseJob, RegionGatherJob,
+    RegionRefusal, RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
@@ -141,6 +142,16 @@ impl Device for HostDevice {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError> {
         self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn quantise(&self, direction: Direction, jobs: Vec<QuantiseJob>) -> Result<Transfer, TransferError> {
+        let steps = jobs.into_iter().map(|job| Quantise { job, via: None }).collect();
+        self.enqueue(direction, steps, Work::Quantise)
+    }
+
+    fn dequantise(&self, direction: Direction, jobs: Vec<DequantiseJob>) -> Result<Transfer, TransferError> {
+        let steps = jobs.into_iter().map(|job| Dequantise { job, via: None }).collect();
+        self.enqueue(direction, steps, Work::Dequantise)
     }
 
     fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {

@@ -10,6 +10,7 @@ mod batch;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod event;
+mod fp8;
 mod health;
 mod host;
 mod link;
@@ -24,6 +25,7 @@ pub use cuda::{
     ScratchFigures,
 };
 pub use event::Event;
+pub use fp8::{DequantiseJob, QuantiseJob};
 pub use host::HostDevice;
 pub use link::{Link, LinkError};
 pub use planes::{PlaneShape, gather, scatter};
@@ -36,7 +38,7 @@ use std::fmt;
 use crate::arena::Arena;
 use crate::checksum::Corrupt;
 use crate::foreign::{Brought, ForeignRegion, Peer, RegionError};
-use crate::guard::{Block, BlockMut};
+use crate::guard::{Block, BlockMut, Place};
 
 /// Which way a copy goes; each direction has a stream, and other work names the stream that it goes on by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +91,12 @@ pub enum DeviceError {
     /// It would show one owner's bytes to another.
     #[error("source and target belong to different owners")]
     WrongOwner,
+    /// The device has too little memory beside its arena for the work; others may fit, and this one later.
+    #[error("the device has no {0} bytes of scratch memory")]
+    NoScratch(usize),
+    /// The device cannot do this kind of work at all; why.
+    #[error("the device cannot: {0}")]
+    Unsupported(String),
     /// What the bytes come from or go to serves no more, and this device does: the process that brought a region has ended.
     /// Nothing was issued.
     #[error("the other end is gone: {0}")]
@@ -204,6 +212,27 @@ pub trait Device: Send + Sync + fmt::Debug {
         direction: Direction,
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError>;
+
+    /// Writes the stored form of each job's raw block on the stream of `direction`, as [`quantise_block`] does, and seals it as
+    /// the same instance with a checksum of its own. The source is verified, and what arrived is what was made.
+    ///
+    /// # Errors
+    /// [`TransferError`] at once as for [`gather`](Self::gather), and [`DeviceError::Unsupported`] where the device has no
+    /// kernels. The transfer fails with [`DeviceError::Corrupt`] where the source is broken or its stored form arrived as
+    /// something else, with [`DeviceError::NoScratch`] where there is no room on the device to make it in, or with
+    /// [`DeviceError::Fenced`].
+    ///
+    /// [`quantise_block`]: crate::fp8::quantise_block
+    fn quantise(&self, direction: Direction, jobs: Vec<QuantiseJob>) -> Result<Transfer, TransferError>;
+
+    /// Writes the raw form of each job's stored block on the stream of `direction`, as [`dequantise_block`] does, and seals it
+    /// as the same instance with a checksum of its own. The stored form is verified where the numbers are made of it.
+    ///
+    /// # Errors
+    /// As for [`quantise`](Self::quantise).
+    ///
+    /// [`dequantise_block`]: crate::fp8::dequantise_block
+    fn dequantise(&self, direction: Direction, jobs: Vec<DequantiseJob>) -> Result<Transfer, TransferError>;
 
     /// Opens memory that another process brings, for gathers and scatters of this device. Shared memory is page-locked where
     /// the device is a GPU (`cuMemHostRegister`), a CUDA handle is opened in its context (`cuIpcOpenMemHandle`, CUDA Driver

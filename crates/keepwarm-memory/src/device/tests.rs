@@ -2,6 +2,7 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+mod fp8;
 #[cfg(feature = "cuda")]
 mod link;
 mod peer;

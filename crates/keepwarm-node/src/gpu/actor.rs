@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use keepwarm_core::residency::{EvictReason, Residency, ResidencyCommand, ResidencyEvent, Resident};
 use keepwarm_core::session::Manifest;
-use keepwarm_memory::{Block, BlockMut, Device, DeviceError, DeviceState, Direction, Job};
+use keepwarm_memory::{Block, BlockMut, Device, DeviceError, DeviceState};
 use keepwarm_types::{Birth, Bytes, InstanceId, Millis, SessionKey, Source, Tier, Timestamp};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
@@ -16,6 +16,7 @@ use super::message::{GpuMsg, Kept, Loaded};
 use super::near::{Fetched, Near, lend};
 use crate::admission::Permit;
 use crate::clock::now;
+use crate::cold::{self, Incoming};
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::room::{Room, Want};
@@ -51,7 +52,8 @@ pub(crate) struct GpuState {
     metrics: Arc<Metrics>,
     near: Arc<Near>,
     sessions: HashMap<SessionKey, Warm>,
-    /// Resident instances, and how many sessions have each.
+    /// Resident instances, and how many sessions have each. These are their raw form: of a part with a cold form, pinned memory
+    /// has another of the same instance, with a length and a checksum of its own.
     instances: HashMap<InstanceId, (Block, u32)>,
 }
 
@@ -370,11 +372,10 @@ fn fenced(name: &str, reason: &str) -> Error {
     Error::Unavailable { reason: format!("{name} is fenced: {reason}"), retry_after: Millis(1000) }
 }
 
-/// How many blocks of which size the copies need, in the order of the sources.
-pub(super) fn sizes<'b>(sources: impl IntoIterator<Item = &'b Block>) -> Vec<(Bytes, usize)> {
+/// How many blocks of which size, in their order.
+pub(super) fn sizes(wanted: impl IntoIterator<Item = Bytes>) -> Vec<(Bytes, usize)> {
     let mut sizes: Vec<(Bytes, usize)> = Vec::new();
-    for source in sources {
-        let size = source.capacity();
+    for size in wanted {
         match sizes.last_mut() {
             Some((last, count)) if *last == size => *count += 1,
             _ => sizes.push((size, 1)),
@@ -385,14 +386,10 @@ pub(super) fn sizes<'b>(sources: impl IntoIterator<Item = &'b Block>) -> Vec<(By
 
 pub(super) async fn copy_in(
     device: &dyn Device,
-    sources: Vec<Block>,
+    sources: Vec<Incoming>,
     targets: Vec<BlockMut>,
 ) -> Result<Vec<Block>, Error> {
-    if sources.is_empty() {
-        return Ok(Vec::new());
-    }
-    let jobs = sources.into_iter().zip(targets).map(|(source, target)| Job { source, target }).collect();
-    crate::copy::run(device, Direction::In, jobs, "restore").await
+    cold::enter(device, sources.into_iter().zip(targets), "restore").await
 }
 
 impl From<DeviceError> for Error {
@@ -405,6 +402,15 @@ impl From<DeviceError> for Error {
             }
             DeviceError::Gone(_) => {
                 Self::Unavailable { reason: error.to_string(), retry_after: Millis(1000) }
+            }
+            DeviceError::NoScratch(bytes) => Self::NoCapacity {
+                tier: Tier::Hbm,
+                wanted: Bytes(bytes as u64),
+                reason: "the GPU has no scratch memory left to convert in".to_owned(),
+                retry_after: Millis(500),
+            },
+            DeviceError::Unsupported(_) => {
+                Self::Unavailable { reason: error.to_string(), retry_after: Millis(60_000) }
             }
             DeviceError::Size { .. } | DeviceError::Shape(_) | DeviceError::WrongOwner => {
                 Self::Internal(error.to_string())

@@ -22,6 +22,7 @@ use super::board::Board;
 use super::message::GpuMsg;
 use super::ways::Ways;
 use crate::clock::now;
+use crate::cold;
 use crate::error::Error;
 use crate::links::Links;
 use crate::metrics::Metrics;
@@ -109,9 +110,10 @@ impl Near {
         let rest = |came: &HashSet<InstanceId>| -> Vec<Block> {
             missing.iter().filter(|block| !came.contains(&block.instance())).cloned().collect()
         };
-        let mut far = rest(&from_near);
+        let mut far = cold::incoming(manifest, rest(&from_near));
         // What comes over a link lies there as it lies here: the source in HBM says how long it is.
-        let wanted = sizes(lent.iter().flat_map(|lent| &lent.blocks).chain(&far));
+        let near = lent.iter().flat_map(|lent| lent.blocks.iter().map(Block::capacity));
+        let wanted = sizes(near.chain(far.iter().map(|incoming| incoming.size)));
         let wait = if lent.is_empty() { ROOM_WAIT } else { NEAR_ROOM_WAIT };
         let mut targets = match room(myself, &owner, wanted, wait).await {
             Ok(targets) => targets.into_iter(),
@@ -119,8 +121,10 @@ impl Near {
             Err(_) => {
                 // The other GPU may wait for the memory of what it lends, while this one waits for its.
                 lent.clear();
-                far = missing.clone();
-                room(myself, &owner, sizes(&far), ROOM_WAIT).await?.into_iter()
+                far = cold::incoming(manifest, missing.clone());
+                room(myself, &owner, sizes(far.iter().map(|incoming| incoming.size)), ROOM_WAIT)
+                    .await?
+                    .into_iter()
             }
         };
         let over = lent.into_iter().map(|lent| {
@@ -138,7 +142,9 @@ impl Near {
         }
         let lost = rest(&fetched.copies.iter().map(Block::instance).collect());
         if !lost.is_empty() {
-            let targets = room(myself, &owner, sizes(&lost), ROOM_WAIT).await?;
+            let lost = cold::incoming(manifest, lost);
+            let wanted = sizes(lost.iter().map(|incoming| incoming.size));
+            let targets = room(myself, &owner, wanted, ROOM_WAIT).await?;
             fetched.copies.extend(copy_in(&**here.device(), lost, targets).await?);
         }
         Ok(fetched)

@@ -54,7 +54,7 @@ impl Handle {
         let started = Instant::now();
         self.settled(key).await?;
         let before = self.get(key).await?;
-        let bytes = before.manifest.stored_bytes();
+        let bytes = before.manifest.raw_bytes();
         let far = bytes > Bytes::ZERO && !before.manifest.holders.contains(&self.inner().member());
         let home = self.place(key, request.node.clone(), request.gpu, bytes).await?;
         let lease = LeaseId(Uuid::new_v4());
@@ -488,7 +488,7 @@ impl Handle {
             }
             Tier::Peer => Ok(verdict(Outcome::Rejected, "a peer's memory is colder, not warmer: use demote")),
             Tier::Hbm => {
-                let bytes = info.manifest.stored_bytes();
+                let bytes = info.manifest.raw_bytes();
                 let home = self.place(key, None, None, bytes).await?;
                 self.bring(key, &home, "prefetch").await
             }
@@ -563,7 +563,7 @@ impl Handle {
         if let Some(lease) = info.lease {
             return Ok(verdict(Outcome::Rejected, format!("the session is leased ({})", lease.id)));
         }
-        let home = self.place(key, node, gpu, info.manifest.stored_bytes()).await?;
+        let home = self.place(key, node, gpu, info.manifest.raw_bytes()).await?;
         let moved = match info.manifest.state {
             State::Cold(_) => verdict(Outcome::Accepted, "the session is cold: its next run begins there"),
             State::Warm if info.manifest.stored_bytes() == Bytes::ZERO => {

@@ -1,13 +1,16 @@
 //! Sessions at rest: create, show, write, read, cut, fork, end.
 
 use futures::future::join_all;
+use keepwarm_config::NodeConfig;
 use keepwarm_core::placement::mint;
-use keepwarm_core::session::{Labels, Protect};
+use keepwarm_core::session::{Labels, Layout, Protect};
 use keepwarm_core::shard::{
     Answer, Commit, Create, Cut, Fork, ListQuery, Precondition, Refusal, SessionView, Verb,
 };
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, Bytes, Outcome, SessionId, SessionKey, ShardId, TenantName, Tier, TxnId};
+use keepwarm_types::{
+    Birth, Bytes, Millis, Outcome, SessionId, SessionKey, ShardId, TenantName, Tier, TxnId,
+};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -59,6 +62,7 @@ impl Handle {
             let reason = "the tenant has no forever_bytes_max".to_owned();
             return Err(Error::InvalidField { field: "protect_s".to_owned(), reason });
         }
+        self.all_can_hold(&request.layout)?;
         let id = request.id.map_or_else(|| self.mint(), Ok)?;
         let key = SessionKey::new(tenant.clone(), id);
         self.inner().book.begin(tenant)?;
@@ -80,6 +84,27 @@ impl Handle {
             self.share_home(&key, SessionKey::new(tenant.clone(), near)).await?;
         }
         Ok((self.info(*view).await, new))
+    }
+
+    /// Whether every node that is connected can be told of such a layout; one that is not would wait for a copy in vain.
+    fn all_can_hold(&self, layout: &Layout) -> Result<(), Error> {
+        let Some(cluster) = self.inner().cluster.as_ref().filter(|_| layout.is_lossy()) else {
+            return Ok(());
+        };
+        let old = |node: &&NodeConfig| {
+            let version = cluster.transport().version(&node.name);
+            version.is_some_and(|version| version.number() < keepwarm_wire::envelope::LOSSY_SINCE)
+        };
+        match self.config().nodes.iter().find(old) {
+            None => Ok(()),
+            Some(node) => Err(Error::Unavailable {
+                reason: format!(
+                    "node '{}' is too old to hold sessions with a cold form: update it first",
+                    node.name
+                ),
+                retry_after: Millis(60_000),
+            }),
+        }
     }
 
     /// The new session begins where the other is at home.

@@ -4,6 +4,7 @@
 mod cuda;
 mod damage;
 mod faults;
+mod lossy;
 mod near;
 
 use std::future::Future;
@@ -58,7 +59,7 @@ fn tenant() -> TenantName {
 
 fn layout(order: Order) -> Arc<Layout> {
     let planes = Planes { tokens_per_block: 16, planes: 8, plane_bytes_per_token: 64, order };
-    let part = Part { name: "kv".parse().unwrap(), form: Form::Paged(planes) };
+    let part = Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold: None };
     Arc::new(Layout::new("model", "print", vec![part]).unwrap())
 }
 

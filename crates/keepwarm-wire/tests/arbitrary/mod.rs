@@ -100,7 +100,7 @@ fn form() -> impl Strategy<Value = Form> {
 
 pub(crate) fn layout() -> impl Strategy<Value = Arc<Layout>> {
     ("\\PC{1,32}", "[ -~]{1,64}", btree_map(name(), form(), 1..5)).prop_map(|(model, fingerprint, parts)| {
-        let part = |(name, form): (String, Form)| Part { name: name.parse().unwrap(), form };
+        let part = |(name, form): (String, Form)| Part { name: name.parse().unwrap(), form, cold: None };
         Arc::new(Layout::new(&model, &fingerprint, parts.into_iter().map(part).collect()).unwrap())
     })
 }

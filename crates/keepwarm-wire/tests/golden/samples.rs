@@ -6,8 +6,8 @@ use std::sync::Arc;
 use keepwarm_core::registry::{Member, ReplicaSet};
 use keepwarm_core::replica::{Compare, Content, Envelope, Install, Message, Prepare, Span};
 use keepwarm_core::session::{
-    BlockRef, Form, Layout, Manifest, Message as Said, Order, Parent, Part, PartState, Planes, Protect,
-    Stamp, State, TranscriptDelta, WriteMemo,
+    BlockRef, Form, Fp8, Layout, Manifest, Message as Said, Number, Order, Parent, Part, PartState, Planes,
+    Protect, Stamp, State, TranscriptDelta, WriteMemo,
 };
 use keepwarm_core::shard::{Record, Tombstone, TranscriptChange};
 use keepwarm_types::{
@@ -44,7 +44,7 @@ fn block(n: u64) -> BlockRef {
 
 fn layout() -> Arc<Layout> {
     let planes = Planes { tokens_per_block: 16, planes: 2, plane_bytes_per_token: 128, order: Order::Plane };
-    let part = |name: &str, form| Part { name: name.parse().unwrap(), form };
+    let part = |name: &str, form| Part { name: name.parse().unwrap(), form, cold: None };
     let parts = vec![
         part("kv", Form::Paged(planes)),
         part("raw", Form::Bytes { block_bytes: 1 << 20 }),
@@ -52,6 +52,13 @@ fn layout() -> Arc<Layout> {
         part("window", Form::Window { planes: Planes { order: Order::Token, ..planes }, window_tokens: 64 }),
     ];
     Arc::new(Layout::new("a-model", "weights-1", parts).unwrap())
+}
+
+/// A change of a session whose first part cold tiers keep as FP8.
+pub(crate) fn lossy() -> Envelope {
+    let mut manifest = manifest(State::Warm);
+    manifest.layout = Arc::new(layout().with_cold(Some(Fp8 { from: Number::F16 })).unwrap());
+    around(prepare(Record::Manifest(Arc::new(manifest), TranscriptChange::Keep)))
 }
 
 fn part_state(n: u64) -> PartState {
@@ -166,22 +173,18 @@ fn messages() -> Vec<(&'static str, Message)> {
     ]
 }
 
-/// An envelope around each message.
-pub(crate) fn envelopes() -> BTreeMap<&'static str, Envelope> {
+fn around(message: Message) -> Envelope {
     let set = Arc::new(ReplicaSet {
         generation: Generation(3),
         replicas: vec![member(1), member(2)],
         learner: Some(member(3)),
         lost_at: Some(Timestamp(1_600_000_000_000)),
     });
-    let around = |message| Envelope {
-        shard: ShardId(258),
-        from: member(1),
-        to: member(2),
-        set: Arc::clone(&set),
-        sent: 99,
-        message,
-    };
+    Envelope { shard: ShardId(258), from: member(1), to: member(2), set, sent: 99, message }
+}
+
+/// An envelope around each message.
+pub(crate) fn envelopes() -> BTreeMap<&'static str, Envelope> {
     messages().into_iter().map(|(name, message)| (name, around(message))).collect()
 }
 

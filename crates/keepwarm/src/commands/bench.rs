@@ -77,7 +77,7 @@ fn pattern(size: usize) -> Buffer {
 }
 
 async fn create(client: &Client) -> Result<Uuid, Failure> {
-    let part = PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None } };
+    let part = PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None }, cold: None };
     let layout = Layout { model: "bench".to_owned(), fingerprint: "bench".to_owned(), parts: vec![part] };
     let new = NewSession { ttl_s: Some(3600.0), ..NewSession::new(layout) };
     Ok(client.create(&new).await?.id)

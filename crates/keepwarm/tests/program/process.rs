@@ -88,7 +88,7 @@ fn layout() -> Layout {
     Layout {
         model: "m".to_owned(),
         fingerprint: "f".to_owned(),
-        parts: vec![PartLayout { name: "kv".to_owned(), form }],
+        parts: vec![PartLayout { name: "kv".to_owned(), form, cold: None }],
     }
 }
 

@@ -29,7 +29,8 @@ fn bytes(id: Uuid) -> Vec<u8> {
 }
 
 fn new(id: Uuid) -> NewSession {
-    let parts = vec![PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None } }];
+    let parts =
+        vec![PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None }, cold: None }];
     let layout = Layout { model: "m".to_owned(), fingerprint: "f".to_owned(), parts };
     let mut session = NewSession::new(layout);
     (session.id, session.protect_s) = (id, Some(Protect::Seconds(3600.0)));

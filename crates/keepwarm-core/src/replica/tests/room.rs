@@ -20,7 +20,7 @@ fn written(net: &mut Net, protect: Protect) -> SessionKey {
 }
 
 fn written_on(net: &mut Net, protect: Protect) -> SessionKey {
-    let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 8 } };
+    let part = Part { name: "b".parse().unwrap(), form: Form::Bytes { block_bytes: 8 }, cold: None };
     let layout = Arc::new(Layout::new("m", "f", vec![part]).unwrap());
     let (birth, labels) = (Birth::from_random(7), Labels::new());
     let key = key(1);

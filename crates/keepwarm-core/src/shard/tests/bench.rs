@@ -57,7 +57,7 @@ pub(super) fn paged(name: &str, order: Order) -> Part {
         plane_bytes_per_token: TOKEN_BYTES / 2,
         order,
     };
-    Part { name: name.parse().unwrap(), form: Form::Paged(planes) }
+    Part { name: name.parse().unwrap(), form: Form::Paged(planes), cold: None }
 }
 
 pub(super) fn layout(parts: Vec<Part>) -> Arc<Layout> {
@@ -198,7 +198,8 @@ impl Bench {
             let length = left.min(plan.block_bytes);
             let instance = InstanceId(self.fresh());
             let checksum = BlockChecksum::from_u128(instance.0.into());
-            blocks.push(BlockRef { instance, checksum, length: u32::try_from(length).unwrap() });
+            let stored = u32::try_from(plan.part.stored_bytes(length)).unwrap();
+            blocks.push(BlockRef { instance, checksum, length: stored });
             left -= length;
         }
         Write {

@@ -1,13 +1,13 @@
 //! Each verb once or more, with what it must answer and what must not change.
 
-use keepwarm_types::{ColdReason, Millis, Timestamp, Tokens, WriteId};
+use keepwarm_types::{BlockChecksum, Bytes, ColdReason, Millis, Timestamp, Tokens, WriteId};
 use uuid::Uuid;
 
 use super::bench::{Bench, home, key, layout, lease, paged, settings, txn, written};
-use crate::session::{Form, Manifest, Order, Part, State, TranscriptDelta};
+use crate::session::{Form, Fp8, Manifest, Number, Order, Part, Planes, State, TranscriptDelta};
 use crate::shard::{
     Answer, Commit, Cut, Event, Fork, PersistError, Precondition, Record, Refusal, Shard, Turn, Verb,
-    WriteMode,
+    WriteMode, WritePlan,
 };
 
 fn one_part() -> (Bench, std::sync::Arc<crate::session::Layout>) {
@@ -293,7 +293,8 @@ fn truncation_keeps_whole_blocks_and_says_clipped() {
 fn a_window_lets_old_blocks_go() {
     let mut bench = Bench::new();
     let Form::Paged(planes) = paged("w", Order::Token).form else { unreachable!() };
-    let part = Part { name: "w".parse().unwrap(), form: Form::Window { planes, window_tokens: 5 } };
+    let part =
+        Part { name: "w".parse().unwrap(), form: Form::Window { planes, window_tokens: 5 }, cold: None };
     bench.create(&key(1), &layout(vec![part])).unwrap();
     let done = bench.append(&key(1), "w", 0, 140).unwrap();
     let state = &done.manifest.parts[0];
@@ -305,7 +306,7 @@ fn a_window_lets_old_blocks_go() {
 #[test]
 fn a_snapshot_is_replaced_whole() {
     let mut bench = Bench::new();
-    let part = Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: 50 } };
+    let part = Part { name: "s".parse().unwrap(), form: Form::Snapshot { bytes: 50 }, cold: None };
     bench.create(&key(1), &layout(vec![part])).unwrap();
     assert!(matches!(bench.append(&key(1), "s", 0, 50), Err(Refusal::InvalidField { .. })));
     let plan = bench.plan(&key(1), "s", WriteMode::Replace, Precondition::default()).unwrap();
@@ -314,6 +315,47 @@ fn a_snapshot_is_replaced_whole() {
         assert_eq!(bench.ask(&key(1), Verb::Write(write)).is_ok(), fits, "{bytes} bytes");
     }
     assert_eq!(bench.names.len(), 1);
+}
+
+#[test]
+fn a_lossy_part_is_named_by_its_stored_blocks_and_measured_by_its_raw_bytes() {
+    let mut bench = Bench::new();
+    let planes = Planes { tokens_per_block: 4, planes: 2, plane_bytes_per_token: 8, order: Order::Plane };
+    let cold = Some(Fp8 { from: Number::F16 });
+    let part = Part { name: "kv".parse().unwrap(), form: Form::Paged(planes), cold };
+    bench.create(&key(1), &layout(vec![part.clone()])).unwrap();
+    // 10 tokens of 16 bytes: two full blocks of 8 + 32, and 2 tokens in 8 + 16.
+    let done = bench.append(&key(1), "kv", 0, 160).unwrap();
+    assert_eq!((done.length, done.length_tokens), (Bytes(160), Tokens(10)));
+    let lengths: Vec<_> = done.manifest.instances().map(|block| block.length).collect();
+    assert_eq!(lengths, [40, 40, 24]);
+    assert_eq!((done.manifest.stored_bytes(), done.manifest.raw_bytes()), (Bytes(104), Bytes(160)));
+    // A tail that is rounded already is written anew, never added to.
+    let inside = bench.append(&key(1), "kv", 10, 16).unwrap_err();
+    assert!(matches!(&inside, Refusal::InvalidField { field, .. } if field == "offset"), "{inside:?}");
+    let done = bench.append(&key(1), "kv", 8, 48).unwrap();
+    assert_eq!((done.length, done.manifest.stored_bytes()), (Bytes(176), Bytes(40 + 40 + 8 + 24)));
+    // Blocks of raw lengths are not this part's, and a digest would be that of other bytes.
+    let mode = WriteMode::Append { offset: 12 };
+    assert!(matches!(
+        bench.plan(&key(1), "kv", mode, Precondition::default()),
+        Err(Refusal::OffsetMismatch { .. })
+    ));
+    let plan = bench.plan(&key(1), "kv", WriteMode::Replace, Precondition::default()).unwrap();
+    let exact = WritePlan { part: Part { cold: None, ..part }, ..plan.clone() };
+    let raw = bench.laid("kv", WriteMode::Replace, &exact, 64, None, Precondition::default());
+    let refused = bench.ask(&key(1), Verb::Write(raw)).unwrap_err();
+    assert!(matches!(&refused, Refusal::InvalidField { field, .. } if field == "body"), "{refused:?}");
+    let mut whole = bench.laid("kv", WriteMode::Replace, &plan, 64, None, Precondition::default());
+    whole.digest = Some(BlockChecksum::from_u128(7));
+    let done = written(bench.ask(&key(1), Verb::Write(whole))).unwrap();
+    assert_eq!((done.length, done.manifest.parts[0].digest), (Bytes(64), None));
+    // Cuts are whole blocks, whatever a block's length is.
+    bench.append(&key(1), "kv", 4, 96).unwrap();
+    let cut = Verb::Truncate { cut: Cut::Tokens(Tokens(9)), precondition: Precondition::default() };
+    bench.ask(&key(1), cut).unwrap();
+    let cut = manifest(&mut bench, 1);
+    assert_eq!((cut.length_tokens, cut.stored_bytes(), cut.raw_bytes()), (Tokens(8), Bytes(80), Bytes(128)));
 }
 
 #[test]

@@ -117,19 +117,39 @@ impl Descriptor for Run {
     }
 }
 
-/// A plane of numbers with a code for each, and a scale.
+/// The planes of numbers of a block, with a code for each number and a scale for each plane.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Plane {
+pub(super) struct Planes {
     pub(super) numbers: u64,
     pub(super) codes: u64,
-    pub(super) scale: u64,
+    pub(super) scales: u64,
+    /// Numbers of a plane.
     pub(super) count: u64,
+    pub(super) planes: u32,
+    kind: u32,
 }
 
-impl Descriptor for Plane {
+impl Planes {
+    /// Names them by where numbers, codes and scales begin.
+    pub(super) const fn new(
+        kind: Number,
+        [numbers, codes, scales]: [u64; 3],
+        count: u64,
+        planes: u32,
+    ) -> Self {
+        let kind = match kind {
+            Number::F32 => 0,
+            Number::F16 => 1,
+            Number::Bf16 => 2,
+        };
+        Self { numbers, codes, scales, count, planes, kind }
+    }
+}
+
+impl Descriptor for Planes {
     fn blocks(&self) -> u64 {
-        self.count.div_ceil(u64::from(THREADS))
+        self.planes.into()
     }
 }
 
@@ -253,40 +273,28 @@ impl Kernels {
 
     /// Gathers and scatters: no target overlaps another move's source or target.
     pub(super) fn move_planes(&self, stream: &Stream, moves: &Table<Move>) -> Result<(), CudaError> {
-        launch(self.move_planes, stream, moves, None)
+        launch(self.move_planes, stream, moves)
     }
 
     /// Zeroes ranges.
     pub(super) fn scrub(&self, stream: &Stream, ranges: &Table<Range>) -> Result<(), CudaError> {
-        launch(self.scrub, stream, ranges, None)
+        launch(self.scrub, stream, ranges)
     }
 
     /// Writes the checksum of each run, bit for bit that of [`crate::block_checksum`], and its chunks' before.
     pub(super) fn checksums(&self, stream: &Stream, runs: &Table<Run>) -> Result<(), CudaError> {
-        launch(self.hash_chunks, stream, runs, None)?;
-        launch(self.hash_runs, stream, runs, None)
+        launch(self.hash_chunks, stream, runs)?;
+        launch(self.hash_runs, stream, runs)
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "cold tiers do not quantise yet"))]
     /// Writes planes' scales and codes, bit for bit those of [`crate::fp8::quantise`].
-    pub(super) fn quantise(
-        &self,
-        stream: &Stream,
-        kind: Number,
-        planes: &Table<Plane>,
-    ) -> Result<(), CudaError> {
-        launch(self.quantise, stream, planes, Some(kind))
+    pub(super) fn quantise(&self, stream: &Stream, blocks: &Table<Planes>) -> Result<(), CudaError> {
+        launch(self.quantise, stream, blocks)
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "cold tiers do not quantise yet"))]
     /// Writes planes' numbers, bit for bit those of [`crate::fp8::dequantise`].
-    pub(super) fn dequantise(
-        &self,
-        stream: &Stream,
-        kind: Number,
-        planes: &Table<Plane>,
-    ) -> Result<(), CudaError> {
-        launch(self.dequantise, stream, planes, Some(kind))
+    pub(super) fn dequantise(&self, stream: &Stream, blocks: &Table<Planes>) -> Result<(), CudaError> {
+        launch(self.dequantise, stream, blocks)
     }
 }
 
@@ -301,15 +309,10 @@ impl Drop for Kernels {
     }
 }
 
-fn launch<T: Descriptor>(
-    function: usize,
-    stream: &Stream,
-    table: &Table<T>,
-    kind: Option<Number>,
-) -> Result<(), CudaError> {
+fn launch<T: Descriptor>(function: usize, stream: &Stream, table: &Table<T>) -> Result<(), CudaError> {
     match table.count {
         0 => Ok(()),
-        _ => launch_on(function, stream, table, table.grid(), kind),
+        _ => launch_on(function, stream, table, table.grid()),
     }
 }
 
@@ -318,16 +321,8 @@ fn launch_on<T: Descriptor>(
     stream: &Stream,
     table: &Table<T>,
     grid: (u32, u32),
-    kind: Option<Number>,
 ) -> Result<(), CudaError> {
     let (mut address, mut count) = (table.address(0), table.count as u32);
-    let mut kind: u32 = match kind {
-        None | Some(Number::F32) => 0,
-        Some(Number::F16) => 1,
-        Some(Number::Bf16) => 2,
-    };
-    // The driver reads as many as the kernel has.
-    let mut parameters: [*mut c_void; 3] =
-        [(&raw mut address).cast(), (&raw mut count).cast(), (&raw mut kind).cast()];
+    let mut parameters: [*mut c_void; 2] = [(&raw mut address).cast(), (&raw mut count).cast()];
     stream.launch(function, grid, THREADS, &mut parameters)
 }

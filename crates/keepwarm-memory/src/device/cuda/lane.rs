@@ -13,9 +13,10 @@ use futures::channel::oneshot;
 use super::context::{Context, Mark, Stream};
 use super::driver::CudaError;
 use super::kernels::Kernels;
-use super::plan::{Lent, Plan, Stack};
+use super::moves::moved;
+use super::plan::{Desk, Lent, Plan, Stack};
 use super::poll::{Passed, Poller};
-use super::scratch::Shown;
+use super::scratch::{Piece, Pieces, Shown};
 use super::verify::{Unread, Verifier};
 use crate::device::batch::{Outcome, Run, STREAM_ENDED, STREAM_QUEUE_MAX, Submission, Work, due};
 use crate::device::event::Progress;
@@ -26,6 +27,8 @@ use crate::ranges::Range;
 
 /// Batches that are on the stream or being verified. Two would keep the stream busy; more hide batches that are small.
 const IN_FLIGHT_MAX: usize = 8;
+/// Where each job's part of a batch's scratch begins: aligned for any load of a kernel.
+const SCRATCH_ALIGN: usize = 16;
 /// How often memory that a hanging device may still touch is asked for.
 const STUCK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -88,8 +91,17 @@ pub(super) fn start(
     let stack = Stack::reserve(&issues.context, issues.kernels.as_ref(), IN_FLIGHT_MAX)?;
     let origin = Origin { health: Arc::clone(&issues.health), fenced };
     let (target, poller) = (Arc::clone(&ends.health), issues.poller.clone());
-    let issuer = Issuer { stream, origin, target, poller, flights: send, stack };
-    let context = Arc::clone(&issues.context);
+    let (context, pieces) = (Arc::clone(&issues.context), Pieces::of(&stream));
+    let issuer = Issuer {
+        context: Arc::clone(&context),
+        stream,
+        origin,
+        target,
+        poller,
+        flights: send,
+        stack,
+        pieces,
+    };
     spawn(name.to_owned(), Box::new(move || issue_all(issuer, &work, &context)))?;
     let (ends, progress) = (ends.clone(), Arc::clone(progress));
     let end = move || end_all(&flights, &progress, &ends.context, &ends.health, &verifier);
@@ -98,6 +110,7 @@ pub(super) fn start(
 }
 
 struct Issuer {
+    context: Arc<Context>,
     stream: Arc<Stream>,
     origin: Origin,
     /// The device that it ends on.
@@ -105,6 +118,51 @@ struct Issuer {
     poller: Poller,
     flights: Sender<Box<dyn Flight>>,
     stack: Stack,
+    pieces: Pieces,
+}
+
+/// What a batch has of its stream until it ends, for its kernels.
+#[derive(Default)]
+struct Tools {
+    sheets: Option<Lent>,
+    spare: Option<Desk>,
+    scratch: Option<Piece>,
+}
+
+impl Issuer {
+    /// Lends each job its part of scratch that is the batch's.
+    fn lend<S: Step>(&mut self, jobs: &mut [S]) -> Result<Option<Piece>, DeviceError> {
+        let sizes: Vec<_> =
+            jobs.iter().map(|job| job.scratch_bytes().next_multiple_of(SCRATCH_ALIGN)).collect();
+        let bytes = sizes.iter().sum::<usize>();
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let piece = self.pieces.take(&self.context, bytes as u64).map_err(|error| match error {
+            // What was asked for is refused, and nothing else: the device serves on.
+            CudaError::Scratch { .. } => DeviceError::NoScratch(bytes),
+            error => self.origin.failed(&error),
+        })?;
+        let mut at = 0;
+        for (job, size) in jobs.iter_mut().zip(sizes) {
+            job.lend(moved(piece.place(), at));
+            at += size;
+        }
+        Ok(Some(piece))
+    }
+
+    /// Puts jobs on the stream; the tools are what they need of it, also where this fails.
+    fn issue<S: Step>(&mut self, jobs: &mut [S], tools: &mut Tools) -> Result<(), DeviceError> {
+        due(jobs)?;
+        tools.scratch = self.lend(jobs)?;
+        let mut plan = Plan::default();
+        jobs.iter().for_each(|job| job.plan(&mut plan));
+        tools.sheets = if plan.wants_sheets() { self.stack.lend() } else { None };
+        let failed = |error| self.origin.failed(&error);
+        tools.spare = self.stack.spare(plan.narrow_blocks(), tools.sheets.as_ref()).map_err(failed)?;
+        let sheets = tools.sheets.as_mut().and_then(Lent::sheets);
+        plan.issue(&self.stream, sheets, tools.spare.as_mut()).map_err(failed)
+    }
 }
 
 fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
@@ -118,17 +176,10 @@ fn issue_all(mut issuer: Issuer, queue: &Receiver<Work>, context: &Context) {
 }
 
 impl Run for Issuer {
-    fn run<S: Step>(&mut self, submission: Submission<S>) {
+    fn run<S: Step>(&mut self, mut submission: Submission<S>) {
         let serve = self.origin.check().and_then(|()| self.target.check());
-        let mut issued = serve.and_then(|()| due(&submission.jobs));
-        let mut lent = None;
-        if issued.is_ok() {
-            let mut plan = Plan::default();
-            submission.jobs.iter().for_each(|job| job.plan(&mut plan));
-            lent = if plan.wants_sheets() { self.stack.lend() } else { None };
-            let all = plan.issue(&self.stream, lent.as_mut().and_then(Lent::sheets));
-            issued = all.map_err(|error| self.origin.failed(&error));
-        }
+        let mut tools = Tools::default();
+        let mut issued = serve.and_then(|()| self.issue(&mut submission.jobs, &mut tools));
         // What was put on the stream before an error still runs, and its memory stays until that has passed.
         let mark = self.stream.record().unwrap_or_else(|error| {
             issued = issued.clone().and(Err(self.origin.failed(&error)));
@@ -137,14 +188,12 @@ impl Run for Issuer {
         });
         let passed = self.poller.watch(mark);
         #[cfg(test)]
-        let mut submission = submission;
-        #[cfg(test)]
         if crate::fault::Planted::has(&self.target.faults.planted.lets_go_early) {
             submission.jobs.iter_mut().for_each(S::let_go);
         }
         let Submission { jobs, done, range } = submission;
         let (done, origin) = (Some(done), self.origin.clone());
-        let batch = Batch { jobs, done, origin, issued, passed, range, _sheets: lent };
+        let batch = Batch { jobs, done, origin, issued, passed, range, _tools: tools };
         // The thread that ends flights lives as long as this one sends.
         drop(self.flights.send(Box::new(batch)));
     }
@@ -167,8 +216,8 @@ struct Batch<S: Step> {
     issued: Result<(), DeviceError>,
     passed: Receiver<Passed>,
     range: Range,
-    /// What its kernels read.
-    _sheets: Option<Lent>,
+    /// What its kernels read and write beside its blocks.
+    _tools: Tools,
 }
 
 impl<S: Step> Batch<S> {

@@ -13,6 +13,7 @@ mod claim;
 mod context;
 mod driver;
 mod foreign;
+mod fp8;
 mod kernels;
 mod lane;
 mod link;
@@ -42,12 +43,13 @@ use self::lane::Side;
 use self::poll::Poller;
 use super::batch::{Submission, Work, enqueue};
 use super::event::Event;
+use super::fp8::{Dequantise, Quantise};
 use super::health::Health;
 use super::link::{Link, LinkError};
 use super::steps::{FillJob, Step};
 use super::{
-    Device, DeviceError, DeviceState, Direction, GatherJob, Job, RegionGatherJob, RegionRefusal,
-    RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
+    DequantiseJob, Device, DeviceError, DeviceState, Direction, GatherJob, Job, QuantiseJob, RegionGatherJob,
+    RegionRefusal, RegionScatterJob, ScatterJob, Transfer, TransferError, no_link, regions,
 };
 use crate::arena::{Arena, ArenaSettings};
 use crate::fault::FaultPlan;
@@ -183,6 +185,15 @@ impl CudaDevice {
         Ok(begun.elapsed())
     }
 
+    /// Gives the jobs back unless the device has no kernels: then their targets.
+    fn needs_kernels<T>(&self, jobs: Vec<T>, target: fn(T) -> BlockMut) -> Result<Vec<T>, TransferError> {
+        if self.side.kernels.is_some() {
+            return Ok(jobs);
+        }
+        let cause = DeviceError::Unsupported(format!("{} takes none of keepwarm's kernels", self.name));
+        Err(TransferError { cause, targets: jobs.into_iter().map(target).collect() })
+    }
+
     fn enqueue<S: Step>(
         &self,
         direction: Direction,
@@ -235,6 +246,20 @@ impl Device for CudaDevice {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError> {
         self.enqueue(direction, jobs, Work::Scatter)
+    }
+
+    fn quantise(&self, direction: Direction, jobs: Vec<QuantiseJob>) -> Result<Transfer, TransferError> {
+        self.needs_kernels(jobs, |job| job.target).and_then(|jobs| {
+            let steps = jobs.into_iter().map(|job| Quantise { job, via: None }).collect();
+            self.enqueue(direction, steps, Work::Quantise)
+        })
+    }
+
+    fn dequantise(&self, direction: Direction, jobs: Vec<DequantiseJob>) -> Result<Transfer, TransferError> {
+        self.needs_kernels(jobs, |job| job.target).and_then(|jobs| {
+            let steps = jobs.into_iter().map(|job| Dequantise { job, via: None }).collect();
+            self.enqueue(direction, steps, Work::Dequantise)
+        })
     }
 
     fn open_region(&self, peer: &Peer, brought: Brought) -> Result<ForeignRegion, RegionError> {

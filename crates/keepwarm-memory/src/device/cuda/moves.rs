@@ -21,7 +21,7 @@ pub(in crate::device) struct Rows {
 }
 
 impl Rows {
-    fn run(place: Place, bytes: usize) -> Self {
+    pub(super) fn run(place: Place, bytes: usize) -> Self {
         Self { place, pitch: bytes, bytes, rows: 1, foreign: false }
     }
 
@@ -41,6 +41,14 @@ pub(in crate::device) type Run = Vec<Rows>;
 
 /// A job on a device whose memory the host cannot touch.
 pub(in crate::device) trait Moves {
+    /// Scratch of the device that it needs until it has landed.
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
+    /// Has that scratch, before it is planned.
+    fn lend(&mut self, _scratch: Place) {}
+
     /// Adds what it asks of the stream.
     fn plan(&self, plan: &mut Plan);
 

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::context::{Context, Stream};
 use super::driver::CudaError;
-use super::kernels::{Kernels, Move, Range, Table};
+use super::kernels::{Kernels, Move, Planes, Range, Table};
 use super::moves::{Rows, moved};
 use crate::guard::Place;
 
@@ -24,6 +24,9 @@ pub(in crate::device) struct Plan {
     copies: Vec<(Place, Place, usize)>,
     /// To, its pitch, and what comes there.
     rows: Vec<(Place, usize, Rows)>,
+    /// Blocks of the device whose stored form is made before the copies, and whose raw form after them. A batch has one kind.
+    narrowed: Vec<Planes>,
+    widened: Vec<Planes>,
 }
 
 impl Plan {
@@ -43,6 +46,21 @@ impl Plan {
     /// Copies rows to places `pitch` apart.
     pub(super) fn rows(&mut self, to: Place, pitch: usize, from: Rows) {
         self.rows.push((to, pitch, from));
+    }
+
+    /// Makes the stored form of a block of the device, before the copies.
+    pub(super) fn quantise(&mut self, planes: Planes) {
+        self.narrowed.push(planes);
+    }
+
+    /// Makes the raw form of a block of the device, after the copies.
+    pub(super) fn dequantise(&mut self, planes: Planes) {
+        self.widened.push(planes);
+    }
+
+    /// Blocks that only kernels can do.
+    pub(super) fn narrow_blocks(&self) -> usize {
+        self.narrowed.len().max(self.widened.len())
     }
 
     /// The copies, where one goes on at the end of another, at both ends and in the same reservations, as one. No two have a
@@ -65,11 +83,25 @@ impl Plan {
 
     /// Whether kernels have a part in it.
     pub(super) fn wants_sheets(&self) -> bool {
-        !(self.scrubs.is_empty() && self.rows.is_empty())
+        !(self.scrubs.is_empty() && self.rows.is_empty() && self.narrow_blocks() == 0)
     }
 
-    /// Puts it on the stream; with sheets, what lies in their device's own memory by their kernels.
-    pub(super) fn issue(self, stream: &Stream, sheets: Option<&mut Sheets>) -> Result<(), CudaError> {
+    /// Puts it on the stream; with sheets, what lies in their device's own memory by their kernels. What only kernels can do is
+    /// described in the desk.
+    pub(super) fn issue(
+        self,
+        stream: &Stream,
+        mut sheets: Option<&mut Sheets>,
+        spare: Option<&mut Desk>,
+    ) -> Result<(), CudaError> {
+        let is_narrow = self.narrow_blocks() > 0;
+        let desk = match (spare, sheets.take_if(|_| is_narrow)) {
+            (Some(desk), _) => Some(desk),
+            (None, Some(sheets)) => Some(&mut sheets.desk),
+            (None, None) => None,
+        };
+        let mut desk = desk.filter(|desk| desk.room >= self.narrow_blocks());
+        assert!(desk.is_some() || !is_narrow, "only kernels can do this, and they have no descriptors");
         let sheets = sheets.filter(|_| self.scrubs.len() <= SHEET_MAX && self.rows.len() <= SHEET_MAX);
         let own = sheets.as_ref().map(|sheets| sheets.context);
         let is_own = |place: Place| own.is_some() && place.context == own;
@@ -86,8 +118,16 @@ impl Plan {
         for (at, byte, bytes) in &self.fills {
             stream.fill(*at, *byte, *bytes)?;
         }
+        if let Some(desk) = desk.as_mut().filter(|_| !self.narrowed.is_empty()) {
+            desk.set(&self.narrowed);
+            desk.kernels.quantise(stream, &desk.planes)?;
+        }
         for (to, from, bytes) in Self::merged(self.copies) {
             stream.copy(to, from, bytes)?;
+        }
+        if let Some(desk) = desk.filter(|_| !self.widened.is_empty()) {
+            desk.set(&self.widened);
+            desk.kernels.dequantise(stream, &desk.planes)?;
         }
         for (to, pitch, from) in self.rows.iter().filter(|row| !by_kernel(row)) {
             stream.copy_rows((*to, *pitch), (from.place, from.pitch), from.bytes, from.rows)?;
@@ -118,6 +158,7 @@ pub(super) struct Sheets {
     kernels: Arc<Kernels>,
     ranges: Table<Range>,
     moves: Table<Move>,
+    desk: Desk,
 }
 
 impl Sheets {
@@ -134,9 +175,36 @@ impl Sheets {
     }
 }
 
+/// Descriptors of one batch's blocks that become FP8 or come from it: of a sheet, or page-locked for a batch that is too long
+/// for one, or met none.
+#[derive(Debug)]
+pub(super) struct Desk {
+    kernels: Arc<Kernels>,
+    planes: Table<Planes>,
+    room: usize,
+}
+
+impl Desk {
+    /// Room for so many blocks.
+    pub(super) fn reserve(
+        context: &Arc<Context>,
+        kernels: &Arc<Kernels>,
+        blocks: usize,
+    ) -> Result<Self, CudaError> {
+        Ok(Self { kernels: Arc::clone(kernels), planes: Table::reserve(context, blocks)?, room: blocks })
+    }
+
+    fn set(&mut self, blocks: &[Planes]) {
+        // SAFETY: a batch alone has this desk, and launches it once.
+        unsafe { self.planes.set(blocks) };
+    }
+}
+
 /// The sheets of a stream, made once: nothing is allocated while it works.
 #[derive(Debug)]
 pub(super) struct Stack {
+    context: Arc<Context>,
+    kernels: Option<Arc<Kernels>>,
     back: Sender<Sheets>,
     free: Receiver<Sheets>,
 }
@@ -155,10 +223,22 @@ impl Stack {
                 kernels: Arc::clone(kernels),
                 ranges: Table::reserve(context, SHEET_MAX)?,
                 moves: Table::reserve(context, SHEET_MAX)?,
+                desk: Desk::reserve(context, kernels, SHEET_MAX)?,
             };
             drop(back.try_send(sheets));
         }
-        Ok(Self { back, free })
+        Ok(Self { context: Arc::clone(context), kernels: kernels.cloned(), back, free })
+    }
+
+    /// Descriptors for a batch that only kernels can do, where its sheet has too few or there is none; nothing where the sheet
+    /// does.
+    pub(super) fn spare(&self, blocks: usize, lent: Option<&Lent>) -> Result<Option<Desk>, CudaError> {
+        match &self.kernels {
+            Some(kernels) if blocks > SHEET_MAX || blocks > 0 && lent.is_none() => {
+                Desk::reserve(&self.context, kernels, blocks).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// A sheet that no batch has, if there is one.

@@ -12,6 +12,7 @@ use keepwarm_types::Bytes;
 
 use super::context::{Context, Stream};
 use super::driver::{CudaError, OUT_OF_MEMORY, call};
+use crate::guard::Place;
 
 /// `CU_MEM_ALLOCATION_TYPE_PINNED` and `CU_MEM_LOCATION_TYPE_DEVICE`: memory of the device.
 const PINNED: u32 = 1;
@@ -89,6 +90,29 @@ impl Pool {
         Ok(pool)
     }
 
+    /// So much of it, in the stream's order; trimmed and asked once more where there is not.
+    fn allocate(&self, stream: &Stream, bytes: u64) -> Result<u64, CudaError> {
+        let driver = self.context.driver();
+        let ask = || {
+            let mut address = 0;
+            call!(driver, allocate_from(&raw mut address, bytes as usize, self.handle, stream.handle()))
+                .map(|()| address)
+        };
+        let is_short = |error: &CudaError| error.code() == Some(OUT_OF_MEMORY);
+        let asked = match ask() {
+            Err(error) if is_short(&error) => {
+                // Gives back what nobody has; what was freed and has not passed yet stays.
+                call!(driver, pool_trim(self.handle, 0))?;
+                ask()
+            }
+            answer => answer,
+        };
+        asked.map_err(|error| match is_short(&error) {
+            true => CudaError::Scratch { device: self.context.device(), asked: Bytes(bytes) },
+            false => error,
+        })
+    }
+
     fn figures(&self) -> Result<ScratchFigures, CudaError> {
         let ask = |which| -> Result<Bytes, CudaError> {
             let mut bytes = 0_u64;
@@ -161,7 +185,7 @@ impl Scratch {
         if bytes <= self.bytes {
             return Ok(());
         }
-        let grown = self.allocate(bytes);
+        let grown = self.pool.allocate(&self.stream, bytes);
         if let Ok(address) = grown {
             let before = std::mem::replace(&mut self.address, address);
             self.bytes = bytes;
@@ -171,34 +195,16 @@ impl Scratch {
         grown.map(drop)
     }
 
-    fn allocate(&self, bytes: u64) -> Result<u64, CudaError> {
-        let (driver, pool) = (self.context.driver(), self.pool.handle);
-        let ask = || {
-            let mut address = 0;
-            let stream = self.stream.handle();
-            call!(driver, allocate_from(&raw mut address, bytes as usize, pool, stream)).map(|()| address)
-        };
-        let is_short = |error: &CudaError| error.code() == Some(OUT_OF_MEMORY);
-        let asked = match ask() {
-            Err(error) if is_short(&error) => {
-                // All that was freed here has passed: whoever grows has waited for its last batch.
-                call!(driver, pool_trim(pool, 0))?;
-                ask()
-            }
-            answer => answer,
-        };
-        asked.map_err(|error| match is_short(&error) {
-            true => CudaError::Scratch { device: self.context.device(), asked: Bytes(bytes) },
-            false => error,
-        })
-    }
-
-    /// In the stream's order: what uses it on the stream runs before.
     fn free(&self, address: u64) -> Result<(), CudaError> {
-        match address {
-            0 => Ok(()),
-            _ => call!(self.context.driver(), free_in_order(address, self.stream.handle())),
-        }
+        free(&self.context, &self.stream, address)
+    }
+}
+
+/// In the stream's order: what uses it on the stream runs before.
+fn free(context: &Context, stream: &Stream, address: u64) -> Result<(), CudaError> {
+    match address {
+        0 => Ok(()),
+        _ => call!(context.driver(), free_in_order(address, stream.handle())),
     }
 }
 
@@ -206,5 +212,56 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         self.context
             .give_back("scratch memory", || self.context.enter().and_then(|()| self.free(self.address)));
+    }
+}
+
+/// Scratch for single batches of a stream, from a pool that is made for the first of them.
+#[derive(Debug)]
+pub(super) struct Pieces {
+    stream: Arc<Stream>,
+    pool: Option<Arc<Pool>>,
+}
+
+/// A batch's scratch on its device, until the batch ends; in the stream's order.
+#[derive(Debug)]
+pub(super) struct Piece {
+    stream: Arc<Stream>,
+    pool: Arc<Pool>,
+    address: u64,
+}
+
+impl Pieces {
+    pub(super) fn of(stream: &Arc<Stream>) -> Self {
+        Self { stream: Arc::clone(stream), pool: None }
+    }
+
+    /// A piece of so many bytes, more than none.
+    ///
+    /// # Errors
+    /// [`CudaError::Scratch`] where the device has not so much, [`CudaError::Call`].
+    pub(super) fn take(&mut self, context: &Arc<Context>, bytes: u64) -> Result<Piece, CudaError> {
+        let pool = match &self.pool {
+            Some(pool) => Arc::clone(pool),
+            None => Arc::clone(self.pool.insert(Arc::new(Pool::create(context)?))),
+        };
+        let address = pool.allocate(&self.stream, bytes)?;
+        Ok(Piece { stream: Arc::clone(&self.stream), pool, address })
+    }
+}
+
+impl Piece {
+    /// Where it lies, as a reservation of its own.
+    pub(super) fn place(&self) -> Place {
+        let context = Some(self.pool.context.number());
+        Place { address: self.address, region: self.address, context }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        let context = &self.pool.context;
+        context.give_back("a batch's scratch", || {
+            context.enter().and_then(|()| free(context, &self.stream, self.address))
+        });
     }
 }

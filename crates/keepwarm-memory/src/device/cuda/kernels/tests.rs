@@ -304,7 +304,7 @@ fn lists_of_every_length_class_have_the_cpus_checksums() {
         checksum: bench.at(*at),
     };
     let runs = bench.table(&places.iter().zip(&counts).map(run).collect::<Vec<_>>());
-    launch(bench.kernels.hash_runs, &bench.stream, &runs, None).unwrap();
+    launch(bench.kernels.hash_runs, &bench.stream, &runs).unwrap();
     let found = bench.download(end);
     for (at, count) in places.iter().zip(counts) {
         let expected = XxHash3_128::oneshot(&image[at + 16..][..8 * count]);
@@ -351,15 +351,13 @@ fn check_fp8(kind: Number, planes: &[Vec<u8>]) {
         &planes
             .iter()
             .zip(places.chunks_exact(3))
-            .map(|(plane, at)| Plane {
-                numbers: bench.at(at[0]),
-                codes: bench.at(at[1]),
-                scale: bench.at(at[2]),
-                count: (plane.len() / kind.bytes()) as u64,
+            .map(|(plane, at)| {
+                let places = [at[0], at[1], at[2]].map(|at| bench.at(at));
+                Planes::new(kind, places, (plane.len() / kind.bytes()) as u64, 1)
             })
             .collect::<Vec<_>>(),
     );
-    bench.kernels.quantise(&bench.stream, kind, &table).unwrap();
+    bench.kernels.quantise(&bench.stream, &table).unwrap();
     for (plane, at) in planes.iter().zip(places.chunks_exact(3)) {
         let scale = fp8::quantise(kind, plane, &mut expected[at[1]..][..plane.len() / kind.bytes()]);
         expected[at[2]..][..4].copy_from_slice(&scale.to_le_bytes());
@@ -367,7 +365,7 @@ fn check_fp8(kind: Number, planes: &[Vec<u8>]) {
     let found = bench.download(end);
     let differs = found.iter().zip(&expected).position(|(found, expected)| found != expected);
     assert_eq!(differs, None, "{kind:?}: codes or scales differ, planes at {places:?}");
-    bench.kernels.dequantise(&bench.stream, kind, &table).unwrap();
+    bench.kernels.dequantise(&bench.stream, &table).unwrap();
     for (plane, at) in planes.iter().zip(places.chunks_exact(3)) {
         let codes = expected[at[1]..][..plane.len() / kind.bytes()].to_vec();
         let scale = f32::from_le_bytes(expected[at[2]..][..4].try_into().unwrap());
@@ -396,7 +394,7 @@ fn any_grid_serves_all_descriptors_to_their_end() {
         bench.upload(&expected);
         bench.kernels.scrub(&bench.stream, &bench.table(&[])).unwrap();
         let ranges: Vec<_> = places[..4].iter().map(|at| Range { at: bench.at(*at), bytes: 9000 }).collect();
-        launch_on(bench.kernels.scrub, &bench.stream, &bench.table(&ranges), grid, None).unwrap();
+        launch_on(bench.kernels.scrub, &bench.stream, &bench.table(&ranges), grid).unwrap();
         // Two planes of three rows each, over the two that follow.
         let rows = |from: usize, to: usize| Move {
             from: bench.at(from),
@@ -407,7 +405,7 @@ fn any_grid_serves_all_descriptors_to_their_end() {
             rows: 3,
         };
         let moves = [rows(places[6], places[4]), rows(places[6] + 5, places[5])];
-        launch_on(bench.kernels.move_planes, &bench.stream, &bench.table(&moves), grid, None).unwrap();
+        launch_on(bench.kernels.move_planes, &bench.stream, &bench.table(&moves), grid).unwrap();
         places[..4].iter().for_each(|at| expected[*at..at + 9000].fill(0));
         for (from, to) in [(places[6], places[4]), (places[6] + 5, places[5])] {
             (0..3).for_each(|row| {
