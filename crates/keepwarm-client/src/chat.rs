@@ -46,6 +46,26 @@ pub struct ChatRequest {
     pub stop: Vec<String>,
 }
 
+/// What tiers colder than a GPU keep of the state of a session that a call makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColdForm {
+    /// The bytes as they are.
+    Exact,
+    /// FP8 E4M3 codes with a scale for each plane of a block: half the bytes of halves, and nearly the same numbers.
+    Fp8,
+}
+
+impl ColdForm {
+    /// The word that the header has.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
 /// What binds a call to a session.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChatCall {
@@ -55,6 +75,8 @@ pub struct ChatCall {
     pub if_match: Option<Etag>,
     /// Sent again with the same key, the same turn comes back; a call that has one can be retried.
     pub idempotency_key: Option<String>,
+    /// The cold form of the session, where the call makes it; one that is there already must have the same.
+    pub cold: Option<ColdForm>,
 }
 
 /// Tokens of a call.

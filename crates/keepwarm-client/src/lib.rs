@@ -50,7 +50,8 @@ mod verbs;
 pub use body::PartBody;
 pub use calls::{ArchiveReader, ChatStream, PartReader, Readiness, Selection, SessionFilter, WriteOptions};
 pub use chat::{
-    ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, Model, PromptDetails, Usage,
+    ChatAnswer, ChatCall, ChatEnd, ChatHead, ChatMessage, ChatPiece, ChatRequest, ColdForm, Model,
+    PromptDetails, Usage,
 };
 pub use client::{Client, ClientBuilder};
 pub use cluster::{Arena, Cluster, Contexts, Gpu, Node, Pinned, Scratch, Shard, ShardMap, Spec};

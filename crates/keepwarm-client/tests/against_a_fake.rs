@@ -13,8 +13,8 @@ use axum::http::HeaderMap;
 use axum::response::Response;
 use futures::{StreamExt, TryStreamExt};
 use keepwarm_client::{
-    ChatCall, ChatPiece, ChatRequest, Client, ClientError, Form, Layout, NewSession, PartBody, PartLayout,
-    Placement, Selection, SessionFilter, WriteOptions,
+    ChatCall, ChatPiece, ChatRequest, Client, ClientError, ColdForm, Form, Layout, NewSession, PartBody,
+    PartLayout, Placement, Selection, SessionFilter, WriteOptions,
 };
 use keepwarm_types::{Outcome, Source};
 use serde_json::{Value, json};
@@ -280,7 +280,8 @@ async fn a_streamed_answer_comes_in_pieces_with_its_figures_at_the_end() {
     let fake = Fake::start([answer(200, &head, STREAM), answer(200, &[], &STREAM[..300])]).await;
     let client = fake.client();
     let request = ChatRequest { model: "m".to_owned(), max_tokens: Some(5), ..ChatRequest::default() };
-    let binding = ChatCall { session: Some("s".to_owned()), ..ChatCall::default() };
+    let binding =
+        ChatCall { session: Some("s".to_owned()), cold: Some(ColdForm::Fp8), ..ChatCall::default() };
     let answer = client.chat_stream(&request, &binding).await.unwrap();
     assert_eq!((answer.head().source, answer.head().diverged_at), (Some(Source::Pinned), Some(4)));
     let pieces: Vec<_> = answer.into_stream().try_collect().await.unwrap();
@@ -290,6 +291,7 @@ async fn a_streamed_answer_comes_in_pieces_with_its_figures_at_the_end() {
     assert_eq!((one.as_str(), two.as_str(), end.finish_reason.as_str()), ("Hel", "lo", "stop"));
     assert_eq!((end.usage.prompt_tokens_details.cached_tokens, end.etag.unwrap().revision.0), (8, 5));
     assert_eq!(fake.asked()[0].headers["x-session-id"], "s");
+    assert_eq!(fake.asked()[0].headers["keepwarm-cold"], "fp8");
     let torn: Result<Vec<_>, _> =
         client.chat_stream(&request, &binding).await.unwrap().into_stream().try_collect().await;
     assert!(matches!(torn, Err(ClientError::BrokenOff(_))), "{torn:?}");

@@ -306,6 +306,17 @@ pub(crate) struct ChatArgs {
     /// 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.0)]
     pub(crate) temperature: f32,
+    /// What tiers colder than a GPU keep of a session that this makes; one that is there already must have the same.
+    #[arg(long, value_name = "FORM")]
+    pub(crate) cold: Option<Cold>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cold {
+    /// The bytes as they are.
+    Exact,
+    /// Half of them, and nearly the same numbers.
+    Fp8,
 }
 
 #[derive(Debug, Args)]

@@ -86,6 +86,9 @@ impl Client {
                 call = call.about(id);
             }
         }
+        if let Some(cold) = binding.cold {
+            call = call.header("keepwarm-cold", cold.word())?;
+        }
         if let Some(etag) = binding.if_match {
             call = call.header("if-match", &etag.to_string())?;
         }

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use keepwarm_client::{
-    ChatCall, ChatEnd, ChatMessage, ChatPiece, ChatRequest, Client, ClientError, Etag, Model,
+    ChatCall, ChatEnd, ChatMessage, ChatPiece, ChatRequest, Client, ClientError, ColdForm, Etag, Model,
 };
 use keepwarm_types::Source;
 use rustyline::DefaultEditor;
@@ -17,7 +17,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::client;
-use crate::cli::ChatArgs;
+use crate::cli::{ChatArgs, Cold};
 use crate::failure::Failure;
 use crate::output::{Output, millis, note, print};
 
@@ -36,6 +36,7 @@ struct Conversation {
     revision: Option<Etag>,
     max_tokens: u32,
     temperature: f32,
+    cold: Option<ColdForm>,
 }
 
 pub(crate) async fn run(args: ChatArgs, output: Output) -> Result<(), Failure> {
@@ -50,6 +51,10 @@ pub(crate) async fn run(args: ChatArgs, output: Output) -> Result<(), Failure> {
         revision: None,
         max_tokens: args.max_tokens,
         temperature: args.temperature,
+        cold: args.cold.map(|cold| match cold {
+            Cold::Exact => ColdForm::Exact,
+            Cold::Fp8 => ColdForm::Fp8,
+        }),
     };
     conversation.resume().await?;
     greet(&conversation, output);
@@ -168,6 +173,7 @@ impl Conversation {
             session: Some(self.session.clone()),
             if_match: revision.filter(|_| follows),
             idempotency_key: Some(Uuid::now_v7().to_string()),
+            cold: self.cold,
         };
         let begun = Instant::now();
         let mut answer = self.client.chat_stream(&request, &binding).await?;
