@@ -335,7 +335,7 @@ fn raw_length(kind: &Part, part: &PartHeader) -> Result<u64, Error> {
     let (full, last) = (kind.stored_block_bytes(), part.blocks.len().saturating_sub(1));
     let raw = |(at, (length, _)): (usize, &(u32, String))| {
         let length = u64::from(*length);
-        let fits = kind.cold.is_none() || length == full || at == last && length < full;
+        let fits = kind.cold.is_none() || length == full || at == last && length > 0 && length < full;
         kind.raw_bytes(length).filter(|_| fits)
     };
     let length = part.blocks.iter().enumerate().map(raw).sum::<Option<u64>>();

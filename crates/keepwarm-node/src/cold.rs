@@ -15,8 +15,8 @@ use crate::error::Error;
 use crate::write::size_class;
 
 /// Raw bytes of one batch of conversions, beyond its first block: the device has scratch for their stored form meanwhile,
-/// at most 32 MiB for halves.
-const BATCH_BYTES: usize = 64 << 20;
+/// at most 8 MiB for halves.
+const BATCH_BYTES: usize = 16 << 20;
 
 /// What the numbers of a part's blocks are, where cold tiers keep others.
 pub(crate) fn shape(part: &Part) -> Option<Shape> {

@@ -265,7 +265,13 @@ impl WriteSink {
         let Some((shape, raw)) = self.lossy.as_mut().filter(|(_, raw)| !raw.is_empty()) else {
             return Ok(());
         };
-        let (stored, length) = (cold::stored(&self.plan.part, shape, raw)?, raw.len() as u64);
+        let (stored, length) = match cold::stored(&self.plan.part, shape, raw) {
+            Ok(stored) => (stored, raw.len() as u64),
+            Err(_) => {
+                let reason = format!("the body ends with {} bytes that are no whole tokens", raw.len());
+                return Err(Error::InvalidField { field: "body".to_owned(), reason });
+            }
+        };
         raw.clear();
         self.place(length, &stored).await
     }

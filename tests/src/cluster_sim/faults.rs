@@ -339,7 +339,7 @@ impl World {
         for _ in 0..LEAVE_AT_ONCE.min(held.len()) {
             let (shard, key, birth) = held.swap_remove(self.below(held.len() as u64) as usize);
             let now = self.now;
-            self.promises.evicting(&key, now);
+            self.promises.evicting(&key, birth, now);
             self.on(node, shard, ReplicaEvent::Evict(key, birth));
         }
     }

@@ -36,6 +36,8 @@ pub struct Promises {
     pub gone: BTreeSet<Member>,
     /// Whose copy of a life's bytes was found damaged, and not made anew since.
     pub damaged: BTreeSet<(SessionKey, Birth, Member)>,
+    /// When somebody last asked that a life's bytes go, whether or not a client had seen them.
+    asked: BTreeMap<(SessionKey, Birth), Timestamp>,
     /// The last placement of a life's bytes.
     last: BTreeMap<(SessionKey, Birth), Arc<[Member]>>,
     /// Who answered for a shard in each generation.
@@ -52,7 +54,8 @@ impl Promises {
     }
 
     /// Somebody asks that a session's bytes go.
-    pub fn evicting(&mut self, key: &SessionKey, now: Timestamp) {
+    pub fn evicting(&mut self, key: &SessionKey, birth: Birth, now: Timestamp) {
+        self.asked.insert((key.clone(), birth), now);
         if let Some(told) = self.told.get_mut(key) {
             told.evicting = Some(now);
         }
@@ -85,10 +88,8 @@ impl Promises {
         if newer && manifest.state == session::State::Warm && manifest.stored_bytes() > Bytes::ZERO {
             let holders = Arc::clone(&manifest.holders);
             // What was asked a moment ago may be carried out on what is seen only now.
-            let evicting = known
-                .filter(|told| told.birth == birth)
-                .and_then(|told| told.evicting)
-                .filter(|asked| now.since(*asked) < UNDER_WAY);
+            let asked = self.asked.get(&(manifest.key.clone(), birth)).copied();
+            let evicting = asked.filter(|asked| now.since(*asked) < UNDER_WAY);
             self.told.insert(manifest.key.clone(), Told { birth, revision, holders, evicting });
         }
     }

@@ -27,9 +27,9 @@ impl World {
         let id = RequestId(process.next);
         process.asked.insert(id, Asked { call, key: key.clone(), brought });
         let verb = match verb {
-            Verb::GoCold { .. } => {
+            Verb::GoCold { birth, .. } => {
                 let now = self.now;
-                self.promises.evicting(&key, now);
+                self.promises.evicting(&key, birth, now);
                 verb
             }
             Verb::Condemn { birth, .. } => {

@@ -62,11 +62,7 @@ async fn what_is_read_is_near_to_what_was_written_and_does_not_drift() {
     let read = server.get(&part).await;
     assert_eq!((read.status, read.body.len()), (200, written.len()));
     assert_ne!(read.body, written);
-    assert_eq!(
-        read.header("repr-digest"),
-        Some(&*digest(&read.body)),
-        "a digest of what is sent, not of what came"
-    );
+    assert_eq!(read.header("repr-digest"), None, "what came had one, and is not what is sent");
     for (before, after) in written.chunks(2).zip(read.body.chunks(2)) {
         let (before, after) = (number(before), number(after));
         assert!((before - after).abs() <= before.abs() / 16.0, "{before} came back as {after}");

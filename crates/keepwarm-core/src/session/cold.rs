@@ -9,6 +9,9 @@ use super::layout::{Form, Part};
 
 /// Bytes of a plane's scale in a stored block.
 pub const SCALE_BYTES: u64 = 4;
+/// Largest raw block of a part with a cold form: readers and writers convert a whole one at once, in memory that no arena
+/// counts. 16 tokens of an 8B model's state in halves are 2 MiB.
+const NARROWED_BLOCK_MAX: u64 = 8 << 20;
 
 /// What a part's numbers are, in little-endian bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,7 +80,7 @@ impl Part {
         let Some((planes, number)) = self.narrowed() else { return Some(stored) };
         let raw = match stored {
             0 => 0,
-            _ => stored.checked_sub(SCALE_BYTES * planes)?.checked_mul(number)?,
+            _ => stored.checked_sub(SCALE_BYTES * planes).filter(|codes| *codes > 0)?.checked_mul(number)?,
         };
         let token = self.form.planes()?.token_bytes();
         raw.is_multiple_of(token).then_some(raw)
@@ -115,6 +118,12 @@ impl Part {
         let (raw, stored) = (self.form.block_bytes(), self.stored_block_bytes());
         if stored >= raw {
             let reason = format!("a block of {raw} bytes would take {stored}: use more tokens_per_block");
+            return Err(("", reason));
+        }
+        if raw > NARROWED_BLOCK_MAX {
+            let reason = format!(
+                "a block of {raw} bytes is larger than {NARROWED_BLOCK_MAX}, the most that is converted: use fewer tokens_per_block"
+            );
             return Err(("", reason));
         }
         Ok(())

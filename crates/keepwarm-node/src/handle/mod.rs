@@ -6,6 +6,7 @@
 
 mod admin;
 mod cluster;
+mod damage;
 mod inner;
 mod request;
 mod running;

@@ -7,7 +7,7 @@ use keepwarm_core::session::{Home, LEASE_TTL_DEFAULT, Manifest, State};
 use keepwarm_core::shard::{Answer, LeaseGrant, Refusal, Turn, Verb};
 use keepwarm_memory::{Block, BlockMut, Direction, Job};
 use keepwarm_types::{
-    Birth, Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
+    Bytes, GpuIndex, LeaseId, Millis, NodeName, Outcome, Owner, SessionKey, Source, Tier, Timestamp,
 };
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
@@ -22,8 +22,6 @@ use crate::copy;
 use crate::error::Error;
 use crate::gpu::{GpuMsg, Kept, Loaded};
 use crate::router::RouterMsg;
-use crate::shard::ShardMsg;
-use crate::write::block_ref;
 
 /// How long a request waits for its session's write-behind.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(30);
@@ -77,51 +75,6 @@ impl Handle {
                 Err(error)
             }
         }
-    }
-
-    /// After damage was met: where a session's own bytes are damaged no later use would do better, so they are let go. Other
-    /// holders' take their place, or it goes cold, and its transcript can make them anew. What was damaged on the way stays.
-    pub(crate) async fn condemn(&self, key: &SessionKey, birth: Birth, sources: Vec<Block>) {
-        let Some(met) = copy::first_damaged(sources).await else { return };
-        // Somebody else may have found it before, and had it repaired under the same name.
-        let present = self.present(key, birth, &met).await;
-        if copy::first_damaged(present).await.is_none() {
-            return;
-        }
-        let damaged = met.instance();
-        match self.ask(key, Verb::Condemn { birth, damaged }, Vec::new(), None).await {
-            Ok(_) => tracing::error!(%key, "pinned bytes are damaged: this copy was dropped"),
-            Err(error) => tracing::error!(%key, %error, "pinned bytes are damaged and could not be dropped"),
-        }
-        self.note_failure(Some(key), "pinned bytes were damaged".to_owned());
-    }
-
-    /// The guard that this node has of a block now, if any.
-    async fn present(&self, key: &SessionKey, birth: Birth, block: &Block) -> Vec<Block> {
-        let (reply, lent) = oneshot::channel();
-        let lend = ShardMsg::Lend(vec![block_ref(block)], birth, reply);
-        let asked = self.links().shard(key).is_ok_and(|shard| shard.cast(lend).is_ok());
-        let lent = if asked { lent.await.ok().flatten() } else { None };
-        lent.unwrap_or_default()
-    }
-
-    /// A reader or a writer met a damaged block: its copy is let go in the background, and the next one finds another copy or
-    /// says why not.
-    pub(crate) fn met_damage(&self, at: &'static str, key: &SessionKey, birth: Birth, block: &Block) {
-        self.metrics().checksum_failed(at);
-        let (handle, key, block) = (self.clone(), key.clone(), block.clone());
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { handle.condemn(&key, birth, vec![block]).await });
-        }
-    }
-
-    /// Whether a session has its bytes at other nodes only.
-    async fn is_elsewhere(&self, key: &SessionKey) -> bool {
-        let me = self.inner().member();
-        let elsewhere = |manifest: &Manifest| {
-            manifest.state == State::Warm && !manifest.holders.is_empty() && !manifest.holders.contains(&me)
-        };
-        self.get(key).await.is_ok_and(|info| elsewhere(&info.manifest))
     }
 
     /// Leases a session without bringing it anywhere: for a turn that runs uncached.

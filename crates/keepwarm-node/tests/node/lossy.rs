@@ -169,6 +169,12 @@ async fn stored_bytes_that_are_damaged_are_an_error_and_not_numbers() {
     append(&handle, &key, 0, &halves(6, 40)).await.unwrap();
     handle.flip_pinned_bit(&key).await.unwrap();
     assert!(matches!(read(&handle, &key, Selection::default()).await, Err(Error::Corrupt { .. })));
+    until("the damaged copy is let go", || async {
+        manifest(&handle, &key).await.state == State::Cold(ColdReason::Corrupt)
+    })
+    .await;
+    append(&handle, &key, 0, &halves(6, 40)).await.unwrap();
+    handle.flip_pinned_bit(&key).await.unwrap();
     let restored = handle.activate(&key, ActivateRequest::default()).await;
     assert!(matches!(restored, Err(Error::Corrupt { .. })));
     assert_eq!(manifest(&handle, &key).await.state, State::Cold(ColdReason::Corrupt));

@@ -182,7 +182,7 @@ impl Client {
 
     pub(super) async fn evict(&mut self, key: &SessionKey, manifest: &Manifest) {
         let birth = manifest.birth;
-        self.world.with(|world| world.promises.evicting(key, world.now));
+        self.world.with(|world| world.promises.evicting(key, birth, world.now));
         let verb = || Verb::GoCold { birth, reason: ColdReason::Evicted, force: false };
         let _ = self.ask(key, verb).await;
     }
