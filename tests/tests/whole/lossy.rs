@@ -23,11 +23,10 @@ fn halves(tokens: usize) -> Vec<u8> {
     (0..(tokens * TOKEN / 2) as u64).flat_map(|n| (bits(n) & 0x83ff | 0x3c00).to_le_bytes()).collect()
 }
 
+/// A half that is no subnormal number.
 fn number(half: &[u8]) -> f32 {
     let bits = u16::from_le_bytes([half[0], half[1]]);
-    let magnitude = 1.0 + f32::from(bits & 0x3ff) / 1024.0;
-    // Between 1 and 2, or 2 itself.
-    let magnitude = if bits & 0x7c00 == 0x4000 { 2.0 * magnitude } else { magnitude };
+    let magnitude = (1.0 + f32::from(bits & 0x3ff) / 1024.0) * 2_f32.powi(i32::from(bits >> 10 & 0x1f) - 15);
     if bits & 0x8000 == 0 { magnitude } else { -magnitude }
 }
 

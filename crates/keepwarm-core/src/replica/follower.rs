@@ -439,10 +439,12 @@ impl Replica {
         self.reside(key, out);
     }
 
-    /// Out of the set: the manifests stay for a return, the bytes count for nothing and go.
+    /// Out of the set: the manifests stay for a return, the bytes count for nothing and go. The same process may return
+    /// before there is a newer manifest: it is no holder then, whatever this one said.
     pub(super) fn let_go(&mut self, out: &mut Vec<ReplicaCommand>) {
         let mut gone: Vec<_> = std::mem::take(&mut self.inbox).into_keys().collect();
         let mut left = Vec::new();
+        let me = self.settings.member.clone();
         if let Some(follower) = self.follower() {
             for (key, copy) in &mut follower.copies {
                 if copy.holding {
@@ -451,6 +453,11 @@ impl Replica {
                 gone.extend(copy.held());
                 copy.holding = false;
                 copy.extra = Vec::new();
+                if let Head::Live(manifest) = &mut copy.head
+                    && manifest.holders.contains(&me)
+                {
+                    Arc::make_mut(manifest).leave(&me);
+                }
             }
         }
         left.iter().for_each(|key| self.reside(key, out));

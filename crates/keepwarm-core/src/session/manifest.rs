@@ -216,6 +216,14 @@ impl Manifest {
         }
     }
 
+    /// A holder has let its bytes go; without another one they are gone.
+    pub fn leave(&mut self, member: &Member) {
+        self.holders = self.holders.iter().filter(|holder| *holder != member).cloned().collect();
+        if self.holders.is_empty() && self.state == State::Warm && self.stored_bytes() > Bytes::ZERO {
+            self.go_cold(ColdReason::HoldersLost);
+        }
+    }
+
     /// Every block instance that the manifest names.
     pub fn instances(&self) -> impl Iterator<Item = &BlockRef> {
         self.parts.iter().flat_map(|part| part.blocks.iter())
