@@ -61,10 +61,9 @@ impl Bug {
     #[must_use]
     pub const fn found_within(self) -> u64 {
         match self {
-            // Several things must go wrong at once: one seed in a hundred shows it.
-            Self::NotReconciled => 500,
-            // Damage is rare, and the owner's copy must not be the only one.
-            Self::ConfirmedByOne | Self::DamageTakenForLoss => 100,
+            // Several things must go wrong at once.
+            Self::NotReconciled => 200,
+            Self::ConfirmedByOne => 100,
             Self::GenerationNotChecked => 50,
             // One seed in ten shows it: in 50 it is missed once in two hundred times that the histories change.
             Self::DuplicateByRevision | Self::NoAfterPrepare => 50,
