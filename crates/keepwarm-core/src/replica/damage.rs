@@ -9,10 +9,10 @@ use keepwarm_types::{Birth, InstanceId, SessionKey, Timestamp};
 use super::event::ReplicaCommand;
 use super::state::{Part, Replica};
 use crate::session::{Stamp, State};
-use crate::shard::{Answer, Event, Refusal, Request, Verb};
+use crate::shard::{Answer, Event, Request, Verb};
 
 impl Replica {
-    /// This node found its own copy damaged.
+    /// This node found its own copy damaged. The session is settled, as for every request.
     //= GUARANTEES.md#G5
     pub(super) fn condemn(
         &mut self,
@@ -23,10 +23,6 @@ impl Replica {
     ) {
         match self.without_this_copy(&request.key, Some(what)) {
             None => self.hold(now, request.id, Ok(Box::new(Answer::Done)), out),
-            Some(Verb::Place { .. }) if self.saving.contains_key(&request.key) => {
-                let refusal = Refusal::Conflict("its transcript is being written".to_owned());
-                self.hold(now, request.id, Err(refusal), out);
-            }
             Some(verb) => self.drive(now, Event::Request(Request { verb, ..request }), None, out),
         }
     }
