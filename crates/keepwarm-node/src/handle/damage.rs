@@ -8,18 +8,40 @@ use tokio::sync::oneshot;
 
 use super::inner::Handle;
 use crate::copy;
+use crate::error::Error;
 use crate::shard::ShardMsg;
 use crate::write::block_ref;
+
+/// Why a session's bytes did not come to a GPU.
+pub(super) struct NotLoaded {
+    pub(super) error: Error,
+    /// This node's copy was damaged, and another holder's takes its place: another attempt finds that one.
+    pub(super) replaced: bool,
+}
+
+impl From<Error> for NotLoaded {
+    fn from(error: Error) -> Self {
+        Self { error, replaced: false }
+    }
+}
+
+impl From<NotLoaded> for Error {
+    fn from(failed: NotLoaded) -> Self {
+        failed.error
+    }
+}
 
 impl Handle {
     /// After damage was met: where a session's own bytes are damaged no later use would do better, so they are let go. Other
     /// holders' take their place, or it goes cold, and its transcript can make them anew. What was damaged on the way stays.
-    pub(crate) async fn condemn(&self, key: &SessionKey, birth: Birth, sources: Vec<Block>) {
-        let Some(met) = copy::first_damaged(sources).await else { return };
+    ///
+    /// Gives whether another holder's bytes have taken the damaged ones' place, or can be had when they are asked for.
+    pub(crate) async fn condemn(&self, key: &SessionKey, birth: Birth, sources: Vec<Block>) -> bool {
+        let Some(met) = copy::first_damaged(sources).await else { return false };
         // Somebody else may have found it before, and had it repaired under the same name.
         let present = self.present(key, birth, &met).await;
         if copy::first_damaged(present).await.is_none() {
-            return;
+            return self.is_held(key).await;
         }
         let damaged = met.instance();
         match self.ask(key, Verb::Condemn { birth, damaged }, Vec::new(), None).await {
@@ -27,6 +49,13 @@ impl Handle {
             Err(error) => tracing::error!(%key, %error, "pinned bytes are damaged and could not be dropped"),
         }
         self.note_failure(Some(key), "pinned bytes were damaged".to_owned());
+        self.is_held(key).await
+    }
+
+    /// Whether some node has a session's bytes.
+    async fn is_held(&self, key: &SessionKey) -> bool {
+        let held = |manifest: &Manifest| manifest.state == State::Warm && !manifest.holders.is_empty();
+        self.get(key).await.is_ok_and(|info| held(&info.manifest))
     }
 
     /// The guard that this node has of a block now, if any.
@@ -44,16 +73,9 @@ impl Handle {
         self.metrics().checksum_failed(at);
         let (handle, key, block) = (self.clone(), key.clone(), block.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { handle.condemn(&key, birth, vec![block]).await });
+            runtime.spawn(async move {
+                handle.condemn(&key, birth, vec![block]).await;
+            });
         }
-    }
-
-    /// Whether a session has its bytes at other nodes only.
-    pub(super) async fn is_elsewhere(&self, key: &SessionKey) -> bool {
-        let me = self.inner().member();
-        let elsewhere = |manifest: &Manifest| {
-            manifest.state == State::Warm && !manifest.holders.is_empty() && !manifest.holders.contains(&me)
-        };
-        self.get(key).await.is_ok_and(|info| elsewhere(&info.manifest))
     }
 }

@@ -12,6 +12,7 @@ use keepwarm_types::{
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
+use super::damage::NotLoaded;
 use super::inner::{Handle, no_gpu, restarting, send};
 use super::request::{ActivateRequest, TurnRequest};
 use super::sessions::verdict;
@@ -38,33 +39,36 @@ impl Handle {
     /// # Errors
     /// [`Error`]; no lease is held then.
     pub async fn activate(&self, key: &SessionKey, request: ActivateRequest) -> Result<Activation, Error> {
-        match self.activate_once(key, &request).await {
-            // What was damaged here is let go: the bytes come from another holder.
-            Err(Error::Corrupt { .. }) if self.is_elsewhere(key).await => {
-                self.activate_once(key, &request).await
-            }
-            done => done,
+        match self.activate_once(key, &request, false).await {
+            Err(NotLoaded { replaced: true, .. }) => Ok(self.activate_once(key, &request, true).await?),
+            done => Ok(done?),
         }
     }
 
-    async fn activate_once(&self, key: &SessionKey, request: &ActivateRequest) -> Result<Activation, Error> {
+    /// `replaced`: whether this node's copy has just been replaced by another holder's.
+    async fn activate_once(
+        &self,
+        key: &SessionKey,
+        request: &ActivateRequest,
+        replaced: bool,
+    ) -> Result<Activation, NotLoaded> {
         let permit = self.admit()?;
         let started = Instant::now();
         self.settled(key).await?;
         let before = self.get(key).await?;
         let bytes = before.manifest.raw_bytes();
-        let far = bytes > Bytes::ZERO && !before.manifest.holders.contains(&self.inner().member());
+        let here = !replaced && before.manifest.holders.contains(&self.inner().member());
         let home = self.place(key, request.node.clone(), request.gpu, bytes).await?;
         let lease = LeaseId(Uuid::new_v4());
         let ttl = request.ttl.unwrap_or(LEASE_TTL_DEFAULT);
         let verb = Verb::Activate { lease, ttl, home: home.clone() };
         let answered = self.ask(key, verb, Vec::new(), Some(permit)).await?;
-        let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease")) };
+        let Answer::Lease(grant) = *answered.answer else { return Err(odd("a lease").into()) };
         let loaded = self.load(&grant.manifest, home.gpu, answered.blocks, grant.lease.expires_at).await;
         match loaded {
             Ok(mut loaded) => {
                 let took = started.elapsed();
-                if far && loaded.source == Source::Pinned {
+                if !here && loaded.source == Source::Pinned {
                     loaded.source = Source::Peer;
                 }
                 self.found(&grant.manifest, &home, &loaded, took);
@@ -148,7 +152,7 @@ impl Handle {
         gpu: GpuIndex,
         sources: Vec<Block>,
         leased_until: Timestamp,
-    ) -> Result<Loaded, Error> {
+    ) -> Result<Loaded, NotLoaded> {
         if sources.is_empty() {
             return Ok(Loaded {
                 blocks: vec![Vec::new(); manifest.parts.len()],
@@ -169,12 +173,14 @@ impl Handle {
             reply,
         };
         send(&actor, load, "the GPU's actor")?;
-        let loaded = loaded.await.map_err(|_| restarting("the GPU's actor"))?;
-        if let Err(Error::Corrupt { .. }) = &loaded {
-            self.metrics().checksum_failed("restore");
-            self.condemn(&manifest.key, manifest.birth, sources).await;
+        match loaded.await.map_err(|_| restarting("the GPU's actor"))? {
+            Err(error @ Error::Corrupt { .. }) => {
+                self.metrics().checksum_failed("restore");
+                let replaced = self.condemn(&manifest.key, manifest.birth, sources).await;
+                Err(NotLoaded { error, replaced })
+            }
+            done => Ok(done?),
         }
-        loaded
     }
 
     /// Remembers what an activation found.
@@ -450,10 +456,22 @@ impl Handle {
 
     /// Loads without a lease.
     async fn bring(&self, key: &SessionKey, home: &Home, why: &'static str) -> Result<Verdict, Error> {
+        match self.bring_once(key, home, why).await {
+            Err(NotLoaded { replaced: true, .. }) => Ok(self.bring_once(key, home, why).await?),
+            done => Ok(done?),
+        }
+    }
+
+    async fn bring_once(
+        &self,
+        key: &SessionKey,
+        home: &Home,
+        why: &'static str,
+    ) -> Result<Verdict, NotLoaded> {
         let permit = self.admit()?;
         let started = Instant::now();
         let answered = self.ask(key, Verb::ReadAll, Vec::new(), Some(permit)).await?;
-        let Answer::Read(grant) = *answered.answer else { return Err(odd("a read")) };
+        let Answer::Read(grant) = *answered.answer else { return Err(odd("a read").into()) };
         if answered.blocks.is_empty() {
             return Ok(verdict(Outcome::Missing, "the session has no bytes yet"));
         }
