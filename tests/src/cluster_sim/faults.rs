@@ -73,6 +73,10 @@ pub enum Fault {
     OldPair {
         lasts: u64,
     },
+    /// The primary crashes, whoever it is by then: its changes that are on their way are orphans.
+    Orphan {
+        down: u64,
+    },
     /// All at once.
     CrashAll,
 }
@@ -96,6 +100,12 @@ impl World {
         if self.bug(Bug::ConfirmedByOne) {
             for at in [400, 2_700] {
                 self.after(at, Happening::Fault(Fault::OldPair { lasts: 2_000 }));
+            }
+        }
+        if self.bug(Bug::NotReconciled) {
+            // What is on its way then is with some and not with others; near the end little is written over it.
+            for at in [1_000, 2_000, FAULTS_MS - 100, FAULTS_MS - 50] {
+                self.after(at, Happening::Fault(Fault::Orphan { down: 100 }));
             }
         }
         for _ in 0..rng.random_range(2..8) {
@@ -175,6 +185,11 @@ impl World {
                 return self.after(*down, Happening::Restart(*node));
             }
             Fault::OldPair { lasts } => return self.split_old_pair(*lasts),
+            Fault::Orphan { down } => {
+                let Some(primary) = self.registry.primary(ShardId(0)) else { return };
+                let node = self.place(&primary);
+                return self.fault(Fault::Crash { node, down: *down, emptied: false });
+            }
             Fault::CrashAll => {
                 for node in 0..self.nodes.len() {
                     self.crash(node);
@@ -256,6 +271,7 @@ impl World {
             | Fault::Accuse { .. }
             | Fault::ClockJumps { .. }
             | Fault::OldPair { .. }
+            | Fault::Orphan { .. }
             | Fault::CrashAll => {}
         }
     }

@@ -108,7 +108,11 @@ impl World {
         let asker = self.place(asker);
         let result = match (source, target) {
             (Some(source), Some(target)) if !self.is_cut(source, target) && !self.is_cut(target, source) => {
-                self.arrive(source, target, &transfer)
+                if !transfer.fetched && self.chance(10) {
+                    self.find_damage(source, &transfer)
+                } else {
+                    self.arrive(source, target, &transfer)
+                }
             }
             _ => Err(CopyFailed::Unreachable),
         };
@@ -140,6 +144,16 @@ impl World {
             _ => self.below(6),
         };
         self.after(wait, Happening::At { node: asker, life, what });
+    }
+
+    /// The bytes turn out to be damaged where they are sent from.
+    fn find_damage(&mut self, source: usize, transfer: &Transfer) -> Result<(), CopyFailed> {
+        let key = &transfer.key;
+        let manifest = self.replica(source, transfer.shard).and_then(|replica| replica.manifest(key));
+        if let Some(birth) = manifest.map(|manifest| manifest.birth) {
+            self.promises.damaged.insert((key.clone(), birth, transfer.source.clone()));
+        }
+        Err(CopyFailed::Damaged)
     }
 
     fn at_once(&mut self, at: usize, what: Local) {

@@ -9,7 +9,8 @@ use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::{CaughtUp, CopyFor};
 use super::message::{Message, Prepare};
 use super::office::OWN;
-use super::state::{Part, RESEND, Replica, Then, release, retain};
+use super::saving::Then;
+use super::state::{Part, RESEND, Replica, release, retain};
 use crate::registry::Member;
 use crate::session::{BlockRef, Manifest, Stamp};
 use crate::shard::{Command, Event, PersistError, Record, RequestId, Ticket};
@@ -67,7 +68,7 @@ impl Replica {
         self.carry_out(now, commands, direct, out);
     }
 
-    fn carry_out(
+    pub(super) fn carry_out(
         &mut self,
         now: Timestamp,
         commands: Vec<Command>,

@@ -7,7 +7,8 @@ use keepwarm_types::{Birth, Bytes, InstanceId, SessionKey, Timestamp};
 
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Prepare, Span};
-use super::state::{Part, Replica, Then, parent, release, retain};
+use super::saving::{Then, parent};
+use super::state::{Part, Replica, release, retain};
 use crate::registry::Member;
 use crate::session::{Manifest, Stamp, State, TranscriptDelta};
 use crate::shard::{Command, Record, Residence, Tombstone, TranscriptChange};

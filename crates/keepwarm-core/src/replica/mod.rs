@@ -21,7 +21,7 @@
 //! - `state`: the role, and how a new set changes it. `follower`: copies, and what a primary may do to them.
 //! - `office`: what a primary keeps. `change`: a change's way. `sweep`: comparing and installing.
 //! - `confirm`: rounds. `heal`: who holds bytes, and who should. `room`: who holds them instead, where room is short.
-//! - `silent`: who keeps the others waiting.
+//! - `saving`: what is on its way to the own catalog. `silent`: who keeps the others waiting.
 
 mod change;
 mod confirm;
@@ -32,6 +32,7 @@ mod heal;
 mod message;
 mod office;
 mod room;
+mod saving;
 mod silent;
 mod state;
 mod sweep;

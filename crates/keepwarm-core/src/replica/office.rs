@@ -175,6 +175,7 @@ impl Replica {
             proposed: None,
             accused: None,
         });
+        self.lend_to_inherited();
         let Part::Primary(office) = &self.part else { return };
         let mut reside = Vec::new();
         keys.iter().for_each(|key| office.shard.reside(now, key, &mut reside));

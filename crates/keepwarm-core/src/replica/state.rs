@@ -9,9 +9,10 @@ use super::event::{CopyId, ReplicaCommand, ReplicaEvent, ReplicaSettings};
 use super::follower::{Copy, Follower, Head};
 use super::message::{Envelope, Message};
 use super::office::Office;
+use super::saving::{Saving, Unsaved};
 use crate::registry::{Member, ReplicaSet};
 use crate::session::{Manifest, Protect, Stamp};
-use crate::shard::{PersistError, Record, Refusal, Ticket, Tombstone, TranscriptChange};
+use crate::shard::{Record, Refusal, Ticket, Tombstone};
 
 /// How long an unanswered message waits before it is sent again: several round trips of any link, and less than a
 /// person notices.
@@ -20,8 +21,6 @@ pub const RESEND: Millis = Millis(300);
 pub(super) const INBOX_TTL: Millis = Millis(60_000);
 /// How often deadlines are looked at while something is unanswered.
 const LOOK: Millis = Millis(50);
-/// How long after the catalog refused records they are given to it again.
-const RETRY: Millis = Millis(500);
 
 /// What a replica is to its shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,25 +33,6 @@ pub enum Role {
     Learner,
     /// It is in no set; what its catalog has is kept for a return.
     Idle,
-}
-
-/// Records on their way to the catalog, for another reason than an own change.
-#[derive(Debug)]
-pub(super) struct Saving {
-    pub(super) keys: Vec<SessionKey>,
-    pub(super) then: Then,
-    /// Sessions whose transcripts the records begin with: on a primary they wait until those are on disk, so that what
-    /// has to be given to the catalog again still says the same.
-    pub(super) parents: Vec<SessionKey>,
-}
-
-#[derive(Debug)]
-pub(super) enum Then {
-    /// A change of the own shard.
-    Change(Ticket),
-    /// Say this to the primary.
-    Say(Member, Message),
-    Nothing,
 }
 
 #[derive(Debug)]
@@ -68,12 +48,15 @@ pub struct Replica {
     pub(super) settings: ReplicaSettings,
     pub(super) set: Arc<ReplicaSet>,
     pub(super) part: Part,
-    tickets: u64,
+    pub(super) tickets: u64,
     pub(super) copies: u64,
     pub(super) local: HashMap<Ticket, Saving>,
-    /// Sessions whose head may not be on disk yet, by the number of records on their way.
-    pub(super) saving: BTreeMap<SessionKey, u32>,
-    retries: Vec<(Timestamp, Saving, Vec<Record>)>,
+    /// Sessions whose head may not be on disk yet.
+    pub(super) saving: BTreeMap<SessionKey, Unsaved>,
+    /// Records that the catalog refused, and when they are given to it again.
+    pub(super) retries: Vec<(Timestamp, Saving, Vec<Record>)>,
+    /// How often records were given to be saved.
+    pub(super) saves: u64,
     /// When a primary looks at what is late next, while anything is unanswered; events in between do not put it off.
     look_at: Option<Timestamp>,
     /// Bytes that came and that no manifest names yet, until when they are kept.
@@ -110,6 +93,7 @@ impl Replica {
             local: HashMap::new(),
             saving: BTreeMap::new(),
             retries: Vec::new(),
+            saves: 0,
             look_at: None,
             inbox: BTreeMap::new(),
             unwanted: BTreeMap::new(),
@@ -283,9 +267,7 @@ impl Replica {
             self.inbox.retain(|_, until| *until > now);
             out.push(release(late));
         }
-        for (_, saving, records) in self.retries.extract_if(.., |(at, ..)| *at <= now).collect::<Vec<_>>() {
-            self.save_again(now, saving, records, out);
-        }
+        self.retry(now, out);
         if matches!(self.part, Part::Primary(_)) {
             self.office_tick(now, out);
         }
@@ -365,128 +347,6 @@ impl Replica {
         CopyId(self.copies)
     }
 
-    /// Gives records to the catalog.
-    pub(super) fn save(
-        &mut self,
-        keys: Vec<SessionKey>,
-        records: Vec<Record>,
-        then: Then,
-        out: &mut Vec<ReplicaCommand>,
-    ) {
-        let parents = if let Then::Change(_) = then {
-            records.iter().filter_map(|record| parent(record).map(|(key, _)| key.clone())).collect()
-        } else {
-            for key in &keys {
-                *self.saving.entry(key.clone()).or_default() += 1;
-            }
-            Vec::new()
-        };
-        for key in &parents {
-            *self.saving.entry(key.clone()).or_default() += 1;
-        }
-        self.give(Saving { keys, then, parents }, records, out);
-    }
-
-    fn give(&mut self, saving: Saving, records: Vec<Record>, out: &mut Vec<ReplicaCommand>) {
-        self.tickets += 1;
-        let ticket = Ticket(self.tickets);
-        self.local.insert(ticket, saving);
-        out.push(ReplicaCommand::Persist(ticket, records));
-    }
-
-    fn persisted(&mut self, now: Timestamp, ticket: Ticket, out: &mut Vec<ReplicaCommand>) {
-        let Some(Saving { keys, then, parents }) = self.local.remove(&ticket) else { return };
-        self.saved(&parents);
-        match then {
-            Then::Change(ticket) => self.saved_here(now, ticket, out),
-            Then::Say(to, message) => {
-                self.saved(&keys);
-                if matches!(self.part, Part::Follower(_)) && self.set.replicas.first() == Some(&to) {
-                    self.say(&to, message, out);
-                }
-            }
-            Then::Nothing => self.saved(&keys),
-        }
-        self.touched(now, out);
-    }
-
-    fn saved(&mut self, keys: &[SessionKey]) {
-        for key in keys {
-            if let Some(count) = self.saving.get_mut(key) {
-                *count -= 1;
-                if *count == 0 {
-                    self.saving.remove(key);
-                }
-            }
-        }
-    }
-
-    fn persist_failed(
-        &mut self,
-        now: Timestamp,
-        ticket: Ticket,
-        error: PersistError,
-        records: Vec<Record>,
-        out: &mut Vec<ReplicaCommand>,
-    ) {
-        let Some(saving) = self.local.remove(&ticket) else { return };
-        if let Then::Change(change) = saving.then
-            && self.not_saved_here(now, change, error, out)
-        {
-            self.saved(&saving.parents);
-            self.touched(now, out);
-            return;
-        }
-        // What others have, or may have, is tried until it is here too.
-        self.retries.push((now + RETRY, saving, records));
-    }
-
-    /// Gives refused records to the catalog again: those that are still what is to be on disk. A fork whose parent is not
-    /// what it was any more would begin with other tokens.
-    //= GUARANTEES.md#G2
-    fn save_again(
-        &mut self,
-        now: Timestamp,
-        saving: Saving,
-        mut records: Vec<Record>,
-        out: &mut Vec<ReplicaCommand>,
-    ) {
-        let last: HashMap<_, _> =
-            records.iter().map(|record| (record.key().clone(), record.stamp())).collect();
-        records.retain(|record| self.head(record.key()) == last.get(record.key()).copied().flatten());
-        let moved_on = |record: &Record| parent(record).is_some_and(|(key, met)| self.head(key) != Some(met));
-        if !records.iter().any(moved_on) {
-            return self.give(saving, records, out);
-        }
-        match self.part {
-            // In doubt for as long as this process lives: the others may have it.
-            Part::Primary(_) => self.retries.push((now + RETRY, saving, records)),
-            // As its disk has it, it was never here; the primary sends it whole.
-            Part::Follower(_) => {
-                for key in &saving.keys {
-                    self.forget_unsaved(key, out);
-                }
-                self.saved(&saving.keys);
-                self.saved(&saving.parents);
-            }
-        }
-    }
-
-    /// A change of the own shard that is on its way to the catalog when the office ends is saved as a copy's is.
-    pub(super) fn orphan(&mut self, ticket: Ticket) {
-        let mine = |saving: &Saving| matches!(saving.then, Then::Change(change) if change == ticket);
-        let local = self.local.values_mut();
-        let retries = self.retries.iter_mut().map(|(_, saving, _)| saving);
-        let mut orphans = Vec::new();
-        for saving in local.chain(retries).filter(|saving| mine(saving)) {
-            saving.then = Then::Nothing;
-            orphans.extend(saving.keys.iter().cloned());
-        }
-        for key in orphans {
-            *self.saving.entry(key).or_default() += 1;
-        }
-    }
-
     /// A manifest as seen from the present set: its holders are those of the set that are the same process still;
     /// where none is left, it is cold.
     pub(super) fn seen_from_set(&self, manifest: &Arc<Manifest>, holding: bool) -> Arc<Manifest> {
@@ -524,14 +384,6 @@ impl Replica {
             }
             Part::Follower(follower) => follower.validate(),
         }
-    }
-}
-
-/// The session that a record begins as a prefix of, and the state of it that is meant.
-pub(super) fn parent(record: &Record) -> Option<(&SessionKey, Stamp)> {
-    match record {
-        Record::Manifest(_, TranscriptChange::CopyFrom { parent, stamp, .. }) => Some((parent, *stamp)),
-        _ => None,
     }
 }
 

@@ -273,6 +273,24 @@ impl Replica {
         }
     }
 
+    /// A session that is here, but not on this node's disk, and that cannot be put there any more, was never told to
+    /// anybody: it goes, here and wherever else it came to.
+    pub(super) fn never_was(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let Part::Primary(office) = &mut self.part else { return };
+        let mut commands = Vec::new();
+        if !office.shard.never_was(now, key, &mut commands) {
+            return;
+        }
+        out.extend(commands.into_iter().map(ReplicaCommand::Shard));
+        // Nobody is answered that it is not there before it is nowhere.
+        office.swept = false;
+        office.settled.remove(key);
+        let peers: Vec<_> = office.peers.iter().map(|peer| peer.member.clone()).collect();
+        for peer in peers {
+            self.install_at(now, &peer, key, out);
+        }
+    }
+
     pub(super) fn installed(
         &mut self,
         now: Timestamp,

@@ -1,6 +1,7 @@
 //! Events in, commands out, on a set of three.
 
 mod damage;
+mod forks;
 mod room;
 
 use std::collections::VecDeque;
@@ -17,7 +18,7 @@ use super::*;
 use crate::registry::{Change, Member, ReplicaSet};
 use crate::session::{BlockRef, Form, Labels, Layout, Part, Protect};
 use crate::shard::{
-    Answer, Command, Create, Precondition, Refusal, Request, RequestId, Verb, Write, WriteMode,
+    Answer, Command, Create, PersistError, Precondition, Refusal, Request, RequestId, Verb, Write, WriteMode,
 };
 
 const NOW: Timestamp = Timestamp(1_000);
@@ -52,6 +53,10 @@ struct Net {
     took: Vec<(usize, Member, Millis)>,
     /// Who has no room to spare.
     full: Vec<Member>,
+    /// Whose catalog takes no forks.
+    refuses: Option<usize>,
+    /// What is sent whole of this session is lost.
+    lost: Option<SessionKey>,
 }
 
 impl Net {
@@ -79,6 +84,8 @@ impl Net {
             stayed: Vec::new(),
             took: Vec::new(),
             full: Vec::new(),
+            refuses: None,
+            lost: None,
         }
     }
 
@@ -102,7 +109,23 @@ impl Net {
             let place = |member: &Member| usize::try_from(member.incarnation.0 - 1).unwrap();
             let mut next = Vec::new();
             match command {
-                ReplicaCommand::Persist(ticket, _) => next.push((at, ReplicaEvent::Persisted(ticket))),
+                ReplicaCommand::Persist(ticket, records) => {
+                    let fork = records.iter().any(|record| saving::parent(record).is_some());
+                    let refused = fork && self.refuses == Some(at);
+                    next.push((
+                        at,
+                        if refused {
+                            ReplicaEvent::PersistFailed(ticket, PersistError::NotApplied, records)
+                        } else {
+                            ReplicaEvent::Persisted(ticket)
+                        },
+                    ));
+                }
+                ReplicaCommand::Send(Envelope { message: Message::Install(install), .. })
+                | ReplicaCommand::SendWhole {
+                    envelope: Envelope { message: Message::Install(install), .. },
+                    ..
+                } if self.lost.as_ref() == Some(&install.key) => {}
                 ReplicaCommand::Send(envelope) | ReplicaCommand::SendWhole { envelope, .. } => {
                     if place(&envelope.to) < self.replicas.len() {
                         next.push((place(&envelope.to), ReplicaEvent::Peer(envelope)));

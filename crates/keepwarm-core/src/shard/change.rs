@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use keepwarm_types::{Bytes, Millis, SessionKey, Timestamp};
+use keepwarm_types::{Birth, Bytes, InstanceId, Millis, SessionKey, Timestamp};
 
-use super::command::{Command, Record, Ticket, TranscriptChange};
+use super::command::{Command, Record, Residence, Ticket, TranscriptChange};
 use super::entry::{After, End, Pending};
 use super::event::{PersistError, RequestId};
 use super::refusal::Refusal;
@@ -15,14 +15,25 @@ use crate::session::{Form, Manifest, Stamp, State};
 /// How long after an unclear outcome the records are tried again.
 const RETRY: Millis = Millis(500);
 
+pub(super) const IN_DOUBT: &str = "an earlier write's outcome is not known yet";
+
 /// A change that the rules allow, before it is given to the catalog.
 pub(super) struct Change {
     pub(super) request: Option<RequestId>,
     pub(super) next: Arc<Manifest>,
     pub(super) transcript: TranscriptChange,
-    pub(super) released: Vec<keepwarm_types::InstanceId>,
-    pub(super) undo: Vec<keepwarm_types::InstanceId>,
+    pub(super) released: Vec<InstanceId>,
+    pub(super) undo: Vec<InstanceId>,
     pub(super) after: After,
+}
+
+impl Pending {
+    /// The parent of a fork, and whether it shall list it.
+    fn fork(&self) -> Option<(SessionKey, bool)> {
+        let After::Forked { branch, .. } = self.after else { return None };
+        let next = self.next.as_ref()?;
+        Some((SessionKey::new(next.key.tenant.clone(), next.parent.as_ref()?.id), branch))
+    }
 }
 
 impl Shard {
@@ -70,6 +81,7 @@ impl Shard {
         let Some(key) = self.tickets.remove(&ticket) else { return };
         let Some(entry) = self.sessions.get_mut(&key) else { return };
         let Some(pending) = entry.work().pending.take() else { return };
+        let forked = pending.fork();
         match pending.next {
             Some(next) => {
                 let fresh = entry.manifest.is_none();
@@ -95,6 +107,9 @@ impl Shard {
             }
             None => self.ended(now, &key, pending, out),
         }
+        if let Some((parent, branch)) = forked {
+            self.give_back(now, &parent, &key, branch, out);
+        }
         self.resume(now, &key, out);
     }
 
@@ -105,19 +120,7 @@ impl Shard {
         let After::Ended(end, stamp, at) = pending.after else { return };
         let bytes = manifest.stored_bytes();
         let birth = manifest.birth;
-        out.push(Command::Release(pending.released));
-        out.push(Command::Invalidate(key.clone(), birth));
-        out.push(Command::Ended(key.clone()));
-        out.push(Command::Reside(super::command::Residence {
-            key: key.clone(),
-            birth,
-            bytes: Bytes::ZERO,
-            stored: Bytes::ZERO,
-            protected_until: now,
-            expires_at: now,
-            leased: false,
-            last_used_at: now,
-        }));
+        gone(now, key, birth, pending.released, out);
         self.bury(
             key.clone(),
             super::state::Tombstone {
@@ -141,6 +144,15 @@ impl Shard {
             self.request(now, request, out);
         }
         self.forget_oldest(key, out);
+    }
+
+    /// A session that no catalog has as it is goes without a trace. False where there is none, or it is at work.
+    pub(crate) fn never_was(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<Command>) -> bool {
+        let idle = self.sessions.get(key).filter(|entry| !entry.busy());
+        let Some(manifest) = idle.and_then(|entry| entry.manifest.clone()) else { return false };
+        self.sessions.remove(key);
+        gone(now, key, manifest.birth, self.named_here(&manifest), out);
+        true
     }
 
     pub(super) fn persist_failed(
@@ -175,6 +187,9 @@ impl Shard {
             if self.sessions.get(&key).is_some_and(|entry| entry.manifest.is_none() && !entry.busy()) {
                 self.sessions.remove(&key);
             }
+            if let Some((parent, _)) = pending.fork() {
+                self.give_back(now, &parent, &key, false, out);
+            }
             return;
         }
         //= GUARANTEES.md#G3
@@ -183,13 +198,53 @@ impl Shard {
             out.push(Command::Reply(request, Err(Refusal::OutcomeUnknown)));
         }
         pending.in_doubt = Some(records);
-        let work = entry.work();
-        work.pending = Some(pending);
-        for request in std::mem::take(&mut work.queue) {
-            let refusal = Refusal::Unavailable("an earlier write's outcome is not known yet");
-            out.push(Command::Reply(request.id, Err(refusal)));
-        }
+        entry.work().pending = Some(pending);
+        self.refuse_behind(&key, out);
         self.set_timer(now + RETRY, Timer::Retry(key));
+    }
+
+    /// Refuses whoever waits behind a change whose outcome is unknown: that of the session, or of a fork of it.
+    pub(super) fn refuse_behind(&mut self, key: &SessionKey, out: &mut Vec<Command>) {
+        let Some(entry) = self.sessions.get_mut(key) else { return };
+        let Some(work) = entry.work.as_mut() else { return };
+        let parent = work.pending.as_ref().and_then(Pending::fork).map(|(parent, _)| parent);
+        for request in std::mem::take(&mut work.queue) {
+            out.push(Command::Reply(request.id, Err(Refusal::Unavailable(IN_DOUBT))));
+        }
+        if let Some(parent) = parent {
+            self.refuse_behind(&parent, out);
+        }
+    }
+
+    /// Whether the outcome of what the session is busy with is unknown.
+    pub(super) fn in_doubt(&self, key: &SessionKey) -> bool {
+        let Some(work) = self.sessions.get(key).and_then(|entry| entry.work.as_ref()) else { return false };
+        work.pending.as_ref().is_some_and(|pending| pending.in_doubt.is_some())
+            || work.lent.iter().any(|child| self.in_doubt(child))
+    }
+
+    /// A fork begins as this session is now: until it is in the catalog nothing changes here.
+    pub(crate) fn lend(&mut self, parent: &SessionKey, child: SessionKey) {
+        if let Some(entry) = self.sessions.get_mut(parent) {
+            entry.work().lent.push(child);
+        }
+    }
+
+    /// The fork is in the catalog, or will never be.
+    pub(crate) fn give_back(
+        &mut self,
+        now: Timestamp,
+        parent: &SessionKey,
+        child: &SessionKey,
+        branch: bool,
+        out: &mut Vec<Command>,
+    ) {
+        let Some(work) = self.sessions.get_mut(parent).and_then(|entry| entry.work.as_mut()) else { return };
+        work.lent.retain(|lent| lent != child);
+        if branch {
+            self.add_branch(now, parent, child.id, out);
+        }
+        self.resume(now, parent, out);
     }
 
     /// Tries a change in doubt again.
@@ -215,9 +270,27 @@ impl Shard {
     }
 }
 
+/// What everybody else must let go of with a session.
+fn gone(now: Timestamp, key: &SessionKey, birth: Birth, released: Vec<InstanceId>, out: &mut Vec<Command>) {
+    out.push(Command::Release(released));
+    out.push(Command::Invalidate(key.clone(), birth));
+    out.push(Command::Ended(key.clone()));
+    out.push(Command::Reside(Residence {
+        key: key.clone(),
+        birth,
+        bytes: Bytes::ZERO,
+        stored: Bytes::ZERO,
+        protected_until: now,
+        expires_at: now,
+        leased: false,
+        last_used_at: now,
+    }));
+}
+
 fn answer(after: After, view: super::view::SessionView, next: &Arc<Manifest>) -> Answer {
     match after {
         After::Session { new, clipped } => session(view, new, clipped),
+        After::Forked { clipped, .. } => session(view, true, clipped),
         After::Written { length } => Answer::Written(Written {
             birth: next.birth,
             generation: next.stamp.generation,

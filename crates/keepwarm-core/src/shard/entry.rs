@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use keepwarm_types::{Bytes, Epoch, InstanceId, LeaseId, Timestamp, TxnId};
+use keepwarm_types::{Bytes, Epoch, InstanceId, LeaseId, SessionKey, Timestamp, TxnId};
 
 use super::command::Ticket;
 use super::event::{Request, RequestId};
@@ -29,16 +29,23 @@ pub(super) struct Work {
     pub(super) home: Option<Home>,
     pub(super) stages: Vec<Stage>,
     pub(super) pending: Option<Pending>,
+    /// Forks on their way to the catalog, which takes their beginning from this session as it is now.
+    pub(super) lent: Vec<SessionKey>,
     pub(super) queue: VecDeque<Request>,
 }
 
 impl Work {
+    /// Whether the session can take no change now: one is on its way, or forks of it as it is.
+    fn busy(&self) -> bool {
+        self.pending.is_some() || !self.lent.is_empty()
+    }
+
     fn idle(&self) -> bool {
         self.lease.is_none()
             && self.epoch.is_none()
             && self.home.is_none()
             && self.stages.is_empty()
-            && self.pending.is_none()
+            && !self.busy()
             && self.queue.is_empty()
     }
 }
@@ -86,6 +93,8 @@ pub(super) enum End {
 pub(super) enum After {
     /// Answer with the session.
     Session { new: bool, clipped: bool },
+    /// The parent may change again, and lists a branch; answer with the session.
+    Forked { branch: bool, clipped: bool },
     /// Answer with the revision; the part's length.
     Written { length: Bytes },
     /// Answer with the end, whose name this is, and when it was.
@@ -109,7 +118,7 @@ impl Entry {
     }
 
     pub(super) fn busy(&self) -> bool {
-        self.work.as_ref().is_some_and(|work| work.pending.is_some())
+        self.work.as_ref().is_some_and(|work| work.busy())
     }
 
     pub(super) fn manifest(&self) -> Result<&Arc<Manifest>, Refusal> {

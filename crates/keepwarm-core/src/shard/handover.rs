@@ -181,17 +181,14 @@ impl Shard {
     /// stays on its way.
     //= GUARANTEES.md#G3
     pub(crate) fn doubt(&mut self, ticket: Ticket, out: &mut Vec<Command>) {
-        let Some(key) = self.tickets.get(&ticket) else { return };
-        let Some(work) = self.sessions.get_mut(key).and_then(|entry| entry.work.as_mut()) else { return };
+        let Some(key) = self.tickets.get(&ticket).cloned() else { return };
+        let Some(work) = self.sessions.get_mut(&key).and_then(|entry| entry.work.as_mut()) else { return };
         let Some(pending) = work.pending.as_mut() else { return };
         if let Some(request) = pending.request.take() {
             out.push(Command::Reply(request, Err(Refusal::OutcomeUnknown)));
         }
         pending.in_doubt.get_or_insert_default();
-        for request in std::mem::take(&mut work.queue) {
-            let refusal = Refusal::Unavailable("an earlier write's outcome is not known yet");
-            out.push(Command::Reply(request.id, Err(refusal)));
-        }
+        self.refuse_behind(&key, out);
     }
 
     /// Commits who holds the bytes, without a new revision.

@@ -281,16 +281,20 @@ impl Shard {
         if !shared.is_empty() {
             out.push(Command::Retain(shared));
         }
-        self.begin(id, child, transcript, After::Session { new: true, clipped }, out);
+        self.lend(key, child.key.clone());
+        self.begin(id, child, transcript, After::Forked { branch: fork.branch, clipped }, out);
         self.touch(now, key, out);
-        if fork.branch {
-            self.add_branch(now, key, fork.child, out);
-        }
         Ok(None)
     }
 
     /// Lists a branch with its parent; beyond the bound the oldest that is idle ends.
-    fn add_branch(&mut self, now: Timestamp, key: &SessionKey, child: SessionId, out: &mut Vec<Command>) {
+    pub(super) fn add_branch(
+        &mut self,
+        now: Timestamp,
+        key: &SessionKey,
+        child: SessionId,
+        out: &mut Vec<Command>,
+    ) {
         let alive = |id: &SessionId| self.sessions.contains_key(&SessionKey::new(key.tenant.clone(), *id));
         let Some(manifest) = self.sessions.get(key).and_then(|entry| entry.manifest.as_ref()) else { return };
         let mut next = Manifest::clone(manifest);

@@ -8,6 +8,7 @@ use keepwarm_types::{
     Timestamp,
 };
 
+use super::change::IN_DOUBT;
 use super::command::{Command, Residence, Ticket};
 use super::entry::{End, Entry};
 use super::event::{Event, Request, RequestId, Verb};
@@ -186,18 +187,16 @@ impl Shard {
     }
 
     pub(super) fn request(&mut self, now: Timestamp, request: Request, out: &mut Vec<Command>) {
-        if waits(&request.verb)
-            && let Some(entry) = self.sessions.get_mut(&request.key)
-            && entry.busy()
-        {
+        if waits(&request.verb) && self.changing(&request.key) {
+            let in_doubt = self.in_doubt(&request.key);
+            let Some(entry) = self.sessions.get_mut(&request.key) else { return };
             let work = entry.work();
             if work.queue.len() >= WRITES_QUEUED_MAX {
                 let refusal =
                     Refusal::Overloaded { what: "writes of this session", retry_after: RETRY_AFTER };
                 out.push(Command::Reply(request.id, Err(refusal)));
-            } else if work.pending.as_ref().is_some_and(|pending| pending.in_doubt.is_some()) {
-                let refusal = Refusal::Unavailable("an earlier write's outcome is not known yet");
-                out.push(Command::Reply(request.id, Err(refusal)));
+            } else if in_doubt {
+                out.push(Command::Reply(request.id, Err(Refusal::Unavailable(IN_DOUBT))));
             } else {
                 work.queue.push_back(request);
             }
@@ -334,12 +333,13 @@ impl Shard {
                 super::change::validate_manifest(manifest);
                 assert!(!self.tombstones.contains_key(key), "{key} is both alive and ended");
             } else {
-                assert!(entry.busy(), "{key} has neither manifest nor a commit under way");
+                let pending = entry.work.as_ref().is_some_and(|work| work.pending.is_some());
+                assert!(pending, "{key} has neither manifest nor a commit under way");
             }
             if let Some(work) = &entry.work {
                 assert!(work.queue.len() <= WRITES_QUEUED_MAX, "{key} queues too much");
                 assert!(work.stages.len() <= TXNS_MAX, "{key} stages too much");
-                assert!(work.queue.is_empty() || work.pending.is_some(), "{key} queues behind nothing");
+                assert!(work.queue.is_empty() || entry.busy(), "{key} queues behind nothing");
                 if let Some(pending) = &work.pending {
                     let in_flight = self.tickets.get(&pending.ticket) == Some(key);
                     assert!(

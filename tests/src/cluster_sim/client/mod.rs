@@ -96,10 +96,7 @@ impl Client {
             15 if self.world.below(2) == 0 => self.delete(&key).await,
             16 if self.world.below(2) == 0 => self.evict(&key, &manifest).await,
             17 | 18 => self.demote(&key).await,
-            // Only where that is what shall be found: what damage in random histories finds beside is not repaired yet.
-            19 if self.world.with(|world| world.bug(super::bug::Bug::DamageTakenForLoss)) => {
-                self.condemn(&key, &manifest).await;
-            }
+            19 if self.world.below(3) == 0 => self.condemn(&key, &manifest).await,
             _ => drop(self.read(&key).await),
         }
     }
