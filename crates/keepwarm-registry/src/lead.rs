@@ -3,6 +3,7 @@
 //! The loop runs on every voter and acts only while that leads. One plan at a time: the next is made when all entries
 //! of the one before have been answered, and only if something has changed since.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ const ENTRY_DEADLINE: Duration = Duration::from_secs(2);
 const REPORT_DEADLINE: Duration = Duration::from_millis(200);
 /// Reports on their way at once: one to a leader that does not answer must not hold up the next, to another.
 const SENDING_MAX: usize = 4;
+/// From this version on a primary proposes who leaves its sets.
+const PARTING_SINCE: u16 = 2;
 /// The group is compared with the spec this often.
 const GROUP_CHECK: Duration = Duration::from_secs(1);
 
@@ -136,7 +139,9 @@ impl Shared {
                 }
             }
         }
-        let now = (registry.version(), leading.detector.conditions());
+        let mut conditions = leading.detector.conditions();
+        conditions.not_parting = self.not_parting(&registry);
+        let now = (registry.version(), conditions);
         if !leading.detector.settled() || leading.planning || leading.planned_for.as_ref() == Some(&now) {
             return;
         }
@@ -155,6 +160,15 @@ impl Shared {
             };
             Outcome::Planned { answered }
         });
+    }
+
+    /// Nodes whose version does not propose who leaves the sets that it leads.
+    fn not_parting(&self, registry: &Registry) -> BTreeSet<NodeName> {
+        let names = registry.nodes().iter().map(|node| &node.registration.node);
+        let old = |name: &&NodeName| {
+            self.network.link.version(name).is_some_and(|version| version.number() < PARTING_SINCE)
+        };
+        names.filter(old).cloned().collect()
     }
 
     fn declare(self: &Arc<Self>, entry: Entry, tasks: &mut JoinSet<Outcome>) {

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::registry::{Entry, Member, NodeStatus, Registration, Response, plan};
-use keepwarm_core::replica::ReplicaEvent;
+use keepwarm_core::registry::{Change, Entry, Member, NodeStatus, Registration, Response, leaver, plan};
+use keepwarm_core::replica::{ReplicaEvent, Role};
 use keepwarm_types::{Generation, Incarnation, Millis, ShardId, Timestamp};
 use keepwarm_wire::{VERSION_OLDEST, Versions};
 use uuid::Uuid;
 
+use super::bug::Bug;
 use super::node::Process;
 use super::world::{Happening, Local, Proposer, World};
 
@@ -49,8 +50,13 @@ impl World {
         self.say(|| line.chars().take(200).collect());
         for shard in &applied.shards {
             let set = self.registry.set(*shard).expect("it has changed");
+            // Whoever leaves by a plan leaves no copy behind that is missed.
+            let planned = matches!(
+                entry,
+                Entry::Change { change: Change::Remove { observers, .. }, .. } if observers.is_empty()
+            );
             for old in before[shard.0 as usize].iter().flat_map(|set| &set.replicas) {
-                if !set.replicas.contains(old) {
+                if !set.replicas.contains(old) && !planned {
                     self.promises.gone(old.clone());
                 }
             }
@@ -111,6 +117,17 @@ impl World {
                 })
                 .map(keepwarm_core::replica::Replica::id)
                 .collect();
+            let led = process.replicas.values().filter(|replica| {
+                let set = self.registry.set(replica.id());
+                set.is_some_and(|set| set.generation == replica.set().generation)
+            });
+            let leaving: Vec<_> = led
+                .filter(|replica| replica.role() == Role::Primary)
+                .map(|replica| {
+                    let leaves = leaver(&self.registry, replica.id(), &[]);
+                    (replica.id(), ReplicaEvent::Leaves(replica.set().generation, leaves))
+                })
+                .collect();
             let paused = process.paused;
             let state = self.registry.node(&member.node).expect("it has registered");
             // Who was taken for failed but is the last copy of something stays, and may return.
@@ -123,6 +140,11 @@ impl World {
                 continue;
             }
             behind.into_iter().for_each(|shard| self.watch(node, shard));
+            let life = self.nodes[node].process.as_ref().map_or(0, |process| process.life);
+            for (shard, leaves) in leaving {
+                let wait = 1 + self.below(20);
+                self.after(wait, Happening::At { node, life, what: Local::Event(shard, leaves) });
+            }
         }
         self.after(FOLLOW_MS, Happening::Follow);
     }
@@ -146,8 +168,22 @@ impl World {
             for entry in plan(&self.registry, self.shape.nodes, 4) {
                 self.propose(entry, None);
             }
+            if self.bug(Bug::LeftWithCopies) {
+                self.leave_at_once();
+            }
         }
         self.after(PLAN_MS, Happening::Plan);
+    }
+
+    /// Without asking the primary.
+    fn leave_at_once(&mut self) {
+        for shard in self.registry.shards() {
+            if let (Some(member), Some(set)) = (leaver(&self.registry, shard, &[]), self.registry.set(shard))
+            {
+                let change = Change::Remove { node: member.node, observers: Vec::new() };
+                self.propose(Entry::Change { shard, generation: set.generation, change }, None);
+            }
+        }
     }
 
     /// Nodes that others do not hear are accused.

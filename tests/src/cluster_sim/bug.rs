@@ -35,11 +35,13 @@ pub enum Bug {
     ConfirmedByOne,
     /// A copy that is found damaged makes the session cold, though others have whole ones.
     DamageTakenForLoss,
+    /// Whoever is to leave a set leaves at once, with copies that sessions count on.
+    LeftWithCopies,
 }
 
 impl Bug {
     /// Every one.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::GenerationNotChecked,
         Self::AcknowledgedBeforeTheLast,
         Self::NotReconciled,
@@ -55,6 +57,7 @@ impl Bug {
         Self::NoAfterPrepare,
         Self::ConfirmedByOne,
         Self::DamageTakenForLoss,
+        Self::LeftWithCopies,
     ];
 
     /// Within so many seeds it is found.
@@ -63,7 +66,7 @@ impl Bug {
         match self {
             // Several things must go wrong at once.
             Self::NotReconciled => 200,
-            Self::ConfirmedByOne => 100,
+            Self::ConfirmedByOne | Self::LeftWithCopies => 100,
             Self::GenerationNotChecked => 50,
             // One seed in ten shows it: in 50 it is missed once in two hundred times that the histories change.
             Self::DuplicateByRevision | Self::NoAfterPrepare => 50,

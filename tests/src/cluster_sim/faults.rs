@@ -108,6 +108,17 @@ impl World {
                 self.after(at, Happening::Fault(Fault::Orphan { down: 100 }));
             }
         }
+        if rng.random_range(0..6) == 0 || self.bug(Bug::LeftWithCopies) {
+            // Members leave, and another holder fails meanwhile or just after.
+            for at in [800, 2_000, 3_200] {
+                self.after(
+                    at,
+                    Happening::Fault(Fault::Drain { node: rng.random_range(0..nodes), lasts: 900 }),
+                );
+                let then = at + rng.random_range(150..500);
+                self.after(then, Happening::Fault(Fault::Orphan { down: 50 }));
+            }
+        }
         for _ in 0..rng.random_range(2..8) {
             let at = rng.random_range(FORMING_MS..FAULTS_MS - 200);
             let node = rng.random_range(0..nodes);

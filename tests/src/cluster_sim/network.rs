@@ -177,7 +177,7 @@ impl World {
             process.memory.arrive(instance, content, of);
         }
         if !transfer.fetched {
-            self.on(target, transfer.shard, ReplicaEvent::Arrived(instances));
+            self.on(target, transfer.shard, ReplicaEvent::Arrived(transfer.key.clone(), instances));
         }
         Ok(())
     }

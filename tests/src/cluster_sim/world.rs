@@ -184,7 +184,7 @@ impl World {
             // What differs at a take-over is what got lost.
             shape.loss = 300;
         }
-        if options.bug == Some(Bug::ConfirmedByOne) {
+        if matches!(options.bug, Some(Bug::ConfirmedByOne | Bug::LeftWithCopies)) {
             (shape.nodes, shape.replication) = (5, 2);
         }
         let shards = ShardCount::new(shape.shards.into()).unwrap();

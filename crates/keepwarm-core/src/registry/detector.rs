@@ -62,9 +62,11 @@ pub struct Conditions {
     pub not_leading: BTreeSet<NodeName>,
     /// Who can take no more copies is no learner.
     pub not_learning: BTreeSet<NodeName>,
-    /// Who is much slower than others, by the word of as many as it takes to declare a failure. It is replaced where
-    /// another node can take its place: that first has every manifest, and no session has too few copies of its bytes.
-    pub slow: BTreeSet<NodeName>,
+    /// Who is much slower than others, and to whom: as many as it takes to declare a failure. It is replaced in the sets
+    /// that one of these leads, where another node can take its place.
+    pub slow: BTreeMap<NodeName, BTreeSet<NodeName>>,
+    /// Who runs a version whose primaries do not propose who leaves: the plan does it for them.
+    pub not_parting: BTreeSet<NodeName>,
 }
 
 /// When silence counts.
@@ -144,7 +146,7 @@ pub struct Detector {
     proposed: BTreeSet<Process>,
     returned: BTreeSet<Process>,
     isolated: BTreeSet<(Process, Process)>,
-    slow: BTreeSet<Member>,
+    slow: BTreeMap<Member, Vec<NodeName>>,
     /// Since when this leader knows that they are down.
     down: BTreeMap<Process, Timestamp>,
 }
@@ -161,7 +163,7 @@ impl Detector {
             proposed: BTreeSet::new(),
             returned: BTreeSet::new(),
             isolated: BTreeSet::new(),
-            slow: BTreeSet::new(),
+            slow: BTreeMap::new(),
             down: BTreeMap::new(),
         }
     }
@@ -184,7 +186,12 @@ impl Detector {
             apart: self.isolated.iter().map(pair).collect(),
             not_leading: who(|fitness| !fitness.leads),
             not_learning: who(|fitness| !fitness.learns),
-            slow: self.slow.iter().map(|member| member.node.clone()).collect(),
+            slow: self
+                .slow
+                .iter()
+                .map(|(member, to)| (member.node.clone(), to.iter().cloned().collect()))
+                .collect(),
+            not_parting: BTreeSet::new(),
         }
     }
 
@@ -299,10 +306,10 @@ impl Detector {
             }
         }
         named.retain(|_, observers| observers.len() >= registry.observers_needed());
-        let before =
-            std::mem::replace(&mut self.slow, named.keys().map(|member| (*member).clone()).collect());
-        let new = named.into_iter().filter(|(member, _)| !before.contains(member));
-        new.map(|(member, observers)| Finding::Slow { member: member.clone(), observers }).collect()
+        let named: BTreeMap<_, _> = named.into_iter().map(|(member, by)| (member.clone(), by)).collect();
+        let before = std::mem::replace(&mut self.slow, named.clone());
+        let new = named.into_iter().filter(|(member, _)| !before.contains_key(member));
+        new.map(|(member, observers)| Finding::Slow { member, observers }).collect()
     }
 
     /// Nodes with last copies that are down for too long, each once.

@@ -1,9 +1,11 @@
 //! What the leader proposes next, so that each shard has its replicas and each node its share.
 //!
-//! It never promotes a learner: only the shard's primary knows when that has everything. What it takes away, it
-//! takes only where as many copies stay as were promised.
+//! It never promotes a learner: only the shard's primary knows when that has everything. And it takes nobody out of a
+//! set: who leaves next follows from the registry ([`leaver`]), but only the primary knows when no session counts on that
+//! member's copy any more, and proposes it then. Only for a primary of a version before that the plan does it, where as
+//! many replicas stay as were promised.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use keepwarm_types::{NodeName, ShardId};
 
@@ -11,7 +13,7 @@ use super::copyset::copysets;
 use super::detector::Conditions;
 use super::entry::{Change, Entry};
 use super::sets::{Place, Set};
-use super::state::{NodeStatus, Registry};
+use super::state::{Member, NodeStatus, Registry};
 
 /// Shards that one node copies as a learner at once: copying is bounded by its link, and each costs a scan.
 pub const LEARNERS_MAX: usize = 4;
@@ -35,6 +37,10 @@ struct Storing<'a> {
     leads: bool,
     learns: bool,
     slow: bool,
+    /// To whom, where it is slow.
+    slow_to: Option<&'a BTreeSet<NodeName>>,
+    /// Whether its primaries propose who leaves.
+    parts: bool,
     replicas: usize,
     primaries: usize,
     learning: usize,
@@ -83,6 +89,26 @@ pub fn plan_under(registry: &Registry, expected: usize, limit: usize, conditions
     if entries.is_empty() { share(registry, &mut nodes, size, limit) } else { entries }
 }
 
+/// Who is to leave a shard's set next, by its primary, which takes `slow` for slow: who is being emptied, or one too many.
+/// Never the primary: another one is made that first.
+#[must_use]
+pub fn leaver(registry: &Registry, shard: ShardId, slow: &[Member]) -> Option<Member> {
+    let set = registry.sets.get(shard)?;
+    let settings = registry.settings;
+    let draining = |place| registry.nodes[usize::from(place)].status == NodeStatus::Draining;
+    // What it takes to know more costs a look at every set.
+    if set.len() <= settings.replication + 1 && !set.members().any(draining) {
+        return None;
+    }
+    let slow = slow.iter().map(|member| (member.node.clone(), BTreeSet::new())).collect();
+    let conditions = Conditions { slow, ..Conditions::default() };
+    let nodes = storing(registry, &conditions);
+    let able = nodes.values().filter(|node| !node.draining).count();
+    let size = (settings.replication + 1).min(able);
+    let place = leaver_of(set, &nodes, size, settings.replication)?;
+    (set.primary() != Some(place)).then(|| registry.member(place))
+}
+
 /// A node that has far less than others, because it is new, begins to copy some of their shards; when it has them,
 /// the set is one too large and whoever has most leaves.
 fn share(
@@ -128,21 +154,36 @@ fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
     takes.map(|node| node.replicas).min()
 }
 
-fn storing<'r>(registry: &'r Registry, conditions: &Conditions) -> HashMap<Place, Storing<'r>> {
+fn storing<'r>(registry: &'r Registry, conditions: &'r Conditions) -> HashMap<Place, Storing<'r>> {
     let mut nodes: HashMap<Place, Storing<'_>> = (0..)
         .zip(&registry.nodes)
         .filter(|(_, node)| node.status != NodeStatus::Down && node.registration.stores)
         .map(|(place, node)| {
             let draining = node.status == NodeStatus::Draining;
             let (name, zone) = (&node.registration.node, node.registration.zone.as_str());
-            let slow = conditions.slow.contains(name);
+            let slow_to = conditions.slow.get(name);
+            let slow = slow_to.is_some();
+            let parts = !conditions.not_parting.contains(name);
             // Whoever waits for its copies would wait for its own, too.
             let leads = !slow && !conditions.not_leading.contains(name);
             let learns = !conditions.not_learning.contains(name);
             let (replicas, primaries, learning) = (0, 0, 0);
             (
                 place,
-                Storing { place, name, zone, draining, leads, learns, slow, replicas, primaries, learning },
+                Storing {
+                    place,
+                    name,
+                    zone,
+                    draining,
+                    leads,
+                    learns,
+                    slow,
+                    slow_to,
+                    parts,
+                    replicas,
+                    primaries,
+                    learning,
+                },
             )
         })
         .collect();
@@ -193,7 +234,7 @@ fn next(
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
     let slow = nodes.get(&primary).is_some_and(|node| node.slow);
     if (slow || cut_off(primary, set, apart))
-        && let Some(change) = better_primary(set, primary, nodes, apart)
+        && let Some(change) = better_primary(set, primary, nodes, apart, false)
     {
         return Some(change);
     }
@@ -205,24 +246,47 @@ fn next(
     let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
     let staying = set.members().filter(stays).count();
     let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.slow);
+    // Who waits for it says who leaves: it must know whom the others find slow.
+    let waits = nodes.get(&primary)?.name;
+    let seen = |place: Place| {
+        nodes.get(&place).and_then(|node| node.slow_to).is_some_and(|slow_to| slow_to.contains(waits))
+    };
     // In first, then out: a slow copy is better than none.
-    let dawdles = set.len() == size && set.members().any(is_slow);
+    let dawdles = set.len() == size && set.members().any(seen);
     if staying < size || dawdles && best_learner(set, nodes).is_some_and(|place| !is_slow(place)) {
         if let Some(place) = best_learner(set, nodes) {
             let node = nodes.get_mut(&place)?;
             (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
             return Some(Change::AddLearner(node.name.clone()));
         }
-    } else if set.len() > replication.max(1) && (staying < set.len() || set.len() > size) {
-        // Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
-        let draining = set.members().rev().find(|place| !stays(place));
-        let surplus = surplus(set, nodes).filter(|_| set.len() > size);
-        let node = nodes.get_mut(&draining.or(surplus)?)?;
+    } else if let Some(leaver) = leaver_of(set, nodes, size, replication) {
+        if leaver == primary {
+            return better_primary(set, primary, nodes, apart, true);
+        }
+        let node = nodes.get_mut(&leaver)?;
         node.replicas -= 1;
-        node.primaries -= usize::from(node.place == primary);
-        return Some(Change::Remove { node: node.name.clone(), observers: Vec::new() });
+        let name = node.name.clone();
+        // Its primary proposes it, once no session counts on that copy.
+        let old = nodes.get(&primary).is_some_and(|node| !node.parts);
+        return old.then_some(Change::Remove { node: name, observers: Vec::new() });
     }
-    better_primary(set, primary, nodes, apart)
+    better_primary(set, primary, nodes, apart, false)
+}
+
+/// Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
+fn leaver_of(
+    set: &Set,
+    nodes: &HashMap<Place, Storing<'_>>,
+    size: usize,
+    replication: usize,
+) -> Option<Place> {
+    let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
+    let staying = set.members().filter(stays).count();
+    if set.learner().is_some() || staying < size || set.len() <= replication.max(1) {
+        return None;
+    }
+    let draining = set.members().rev().find(|place| !stays(place));
+    draining.or_else(|| surplus(set, nodes).filter(|_| set.len() > size))
 }
 
 /// Who leaves a set that is too large: one that is slow, then one whose zone is there twice, then who has most, then the last.
@@ -254,13 +318,14 @@ fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
     !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
 }
 
-/// Another replica, where the primary is being emptied, can run no session, is cut off from one of the set, or leads more
-/// than its share.
+/// Another replica, where the primary is to leave, is being emptied, can run no session, is cut off from one of the set, or
+/// leads more than its share.
 fn better_primary(
     set: &Set,
     primary: Place,
     nodes: &mut HashMap<Place, Storing<'_>>,
     apart: &Apart,
+    leaves: bool,
 ) -> Option<Change> {
     let first = nodes.get(&primary)?;
     let least = set
@@ -271,7 +336,7 @@ fn better_primary(
         .filter(|node| !node.draining)
         .min_by_key(|node| (!node.leads, node.primaries, node.place))?;
     let fitter = least.leads && !first.leads;
-    let unfit = first.draining || fitter || cut_off(primary, set, apart);
+    let unfit = leaves || first.draining || fitter || cut_off(primary, set, apart);
     if !unfit && first.leads && !least.leads {
         return None;
     }

@@ -151,7 +151,7 @@ impl Registry {
         self.sets.get(shard)?.members().next().map(|place| self.member(place))
     }
 
-    fn member(&self, place: Place) -> Member {
+    pub(super) fn member(&self, place: Place) -> Member {
         let node = &self.nodes[usize::from(place)];
         Member { node: node.registration.node.clone(), incarnation: node.incarnation }
     }

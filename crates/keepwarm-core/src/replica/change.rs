@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
-use keepwarm_types::{Bytes, InstanceId, SessionKey, Timestamp};
+use keepwarm_types::{InstanceId, SessionKey, Timestamp};
 
 use super::event::{CopyFailed, ReplicaCommand};
 use super::heal::{CaughtUp, CopyFor};
@@ -158,19 +158,22 @@ impl Replica {
     /// A session with too few holders that is written all the time gains one by a change: whoever has most of its
     /// bytes gets what it lacks of this one.
     fn take_caught_up(&mut self, ticket: Ticket, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
-        let wanted = self.settings.replication.min(self.set.replicas.len());
         let me = self.settings.member.clone();
+        let leaving = self.leaving().cloned();
         let Part::Primary(office) = &mut self.part else { return };
         let Some(CaughtUp { member, has, .. }) = office.caught_up.remove(key) else { return };
         let Some(manifest) = office.changes.get(&ticket).and_then(Changing::manifest).cloned() else {
             return;
         };
         let holders = &manifest.holders;
-        let fits = holders.contains(&me) && !holders.contains(&member) && holders.len() < wanted;
-        if !fits || manifest.stored_bytes() == Bytes::ZERO || !self.set.replicas.contains(&member) {
+        let fits = holders.contains(&me) && !holders.contains(&member) && Some(&member) != leaving.as_ref();
+        if !fits || !self.too_few(&manifest) || !self.set.replicas.contains(&member) {
             return;
         }
-        let holders: Vec<_> = holders.iter().chain([&member]).cloned().collect();
+        let Part::Primary(office) = &mut self.part else { return };
+        // It comes in the place of who is to leave, or there is nobody of that kind.
+        let staying = holders.iter().filter(|holder| Some(*holder) != leaving.as_ref());
+        let holders: Vec<_> = staying.chain([&member]).cloned().collect();
         let Some(next) = office.shard.pending_holders(ticket, &holders) else { return };
         let lacks: Vec<_> =
             next.instances().filter(|block| !has.contains(&block.instance)).copied().collect();

@@ -233,6 +233,7 @@ impl Replica {
         self.doubt_late_changes(now, out);
         self.tell_commits(now, out);
         self.heal(now, out);
+        self.let_leave(now, out);
         self.fetched(now, out);
         self.touched(now, out);
     }

@@ -63,8 +63,8 @@ pub enum ReplicaEvent {
     Persisted(Ticket),
     /// The catalog could not take the records of this ticket, which come back.
     PersistFailed(Ticket, PersistError, Vec<Record>),
-    /// Verified bytes came from the primary, each with one name that belongs to the replica now.
-    Arrived(Vec<InstanceId>),
+    /// Verified bytes came from the primary for a session, each with one name that belongs to the replica now.
+    Arrived(SessionKey, Vec<InstanceId>),
     /// This node's memory wants to be rid of a session's bytes. The answer is the session's next residence, or
     /// [`ReplicaCommand::Stays`]; where another node is asked, it may be none.
     Evict(SessionKey, Birth),
@@ -77,6 +77,9 @@ pub enum ReplicaEvent {
     },
     /// The registry refused a proposed change, or did not answer.
     ProposalFailed,
+    /// In this generation's set this member is to leave, or nobody, as the registry's [`leaver`](crate::registry::leaver)
+    /// says. Anew for each set.
+    Leaves(keepwarm_types::Generation, Option<Member>),
     /// Time passed.
     Tick,
 }

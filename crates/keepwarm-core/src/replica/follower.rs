@@ -413,7 +413,7 @@ impl Replica {
         let mut shared = Vec::new();
         for block in manifest.instances() {
             let instance = block.instance;
-            if had.contains(&instance) || self.inbox.contains_key(&instance) {
+            if had.contains(&instance) || self.inbox.contains_key(&(key.clone(), instance)) {
                 continue;
             }
             if !parents.contains(&instance) {
@@ -424,12 +424,15 @@ impl Replica {
         let named: HashSet<_> = manifest.instances().map(|block| block.instance).collect();
         // One name is enough for what came though it was here.
         let came = manifest.instances().map(|block| block.instance);
-        let twice = came.filter(|instance| had.contains(instance) && self.inbox.contains_key(instance));
+        let twice = came
+            .filter(|instance| had.contains(instance) && self.inbox.contains_key(&(key.clone(), *instance)));
         let twice: Vec<_> = twice.collect();
         if !twice.is_empty() {
             out.push(release(twice));
         }
-        self.inbox.retain(|instance, _| !named.contains(instance));
+        for instance in &named {
+            self.inbox.remove(&(key.clone(), *instance));
+        }
         if !shared.is_empty() {
             out.push(retain(shared));
         }
@@ -443,7 +446,8 @@ impl Replica {
     /// Out of the set: the manifests stay for a return, the bytes count for nothing and go. The same process may return
     /// before there is a newer manifest: it is no holder then, whatever this one said.
     pub(super) fn let_go(&mut self, out: &mut Vec<ReplicaCommand>) {
-        let mut gone: Vec<_> = std::mem::take(&mut self.inbox).into_keys().collect();
+        let mut gone: Vec<_> =
+            std::mem::take(&mut self.inbox).into_keys().map(|(_, instance)| instance).collect();
         let mut left = Vec::new();
         let me = self.settings.member.clone();
         if let Some(follower) = self.follower() {

@@ -68,14 +68,19 @@ impl CopyFor {
 }
 
 impl Replica {
-    /// Whether a session has fewer holders than it should. Its primary need not be one of them: it fetches the bytes
-    /// when somebody wants them.
+    /// Whether a session has fewer holders that stay than it should. Its primary need not be one of them: it fetches the
+    /// bytes when somebody wants them.
     pub(super) fn too_few(&self, manifest: &Manifest) -> bool {
+        self.fewer(manifest, self.leaving())
+    }
+
+    /// The same without one of its holders.
+    pub(super) fn fewer(&self, manifest: &Manifest, without: Option<&Member>) -> bool {
         if manifest.state != State::Warm || manifest.stored_bytes() == Bytes::ZERO {
             return false;
         }
-        let wanted = self.settings.replication.min(self.set.replicas.len());
-        manifest.holders.len() < wanted
+        let staying = |members: &[Member]| members.iter().filter(|member| Some(*member) != without).count();
+        staying(&manifest.holders) < self.settings.replication.min(staying(&self.set.replicas))
     }
 
     /// Notes whether a session needs healing.
@@ -127,7 +132,34 @@ impl Replica {
     /// A member that is named as a holder does not have the bytes.
     pub(super) fn lacks(&mut self, member: &Member, key: &SessionKey) {
         self.keep_holders(key, |holder| holder != member);
+        self.take_back(key);
         self.look_at(key, false);
+    }
+
+    /// The head of a take-over may name others as holders who were to take the bytes over from this node and do not have
+    /// them: where they are here still, because that was never settled, they count again.
+    //= GUARANTEES.md#G10
+    fn take_back(&mut self, key: &SessionKey) {
+        let me = self.settings.member.clone();
+        let Part::Primary(office) = &self.part else { return };
+        let Some(manifest) = office.shard.committed(key).filter(|manifest| self.too_few(manifest)) else {
+            return;
+        };
+        let blocks: Vec<_> = manifest.instances().map(|block| block.instance).collect();
+        let here = |stale: &Vec<InstanceId>| blocks.iter().all(|block| stale.contains(block));
+        if manifest.holders.contains(&me) || !office.stale.get(key).is_some_and(here) {
+            return;
+        }
+        let holders: Vec<_> = [&me].into_iter().chain(manifest.holders.iter()).cloned().collect();
+        let Part::Primary(office) = &mut self.part else { return };
+        if let Some(stale) = office.stale.get_mut(key) {
+            for block in &blocks {
+                if let Some(at) = stale.iter().position(|instance| instance == block) {
+                    stale.swap_remove(at);
+                }
+            }
+        }
+        office.shard.holders_left(key, &holders);
     }
 
     /// Takes up sessions that need healing, as many as may be under way.
@@ -158,7 +190,7 @@ impl Replica {
     /// The next step for one session.
     pub(super) fn heal_one(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
         let me = self.settings.member.clone();
-        let wanted = self.settings.replication.min(self.set.replicas.len());
+        let leaving = self.leaving().cloned();
         let Part::Primary(office) = &mut self.part else { return };
         let under_way = office.copying.values().any(|copy| copy.heals() == Some(key));
         // A transcript that is not on disk yet would be missed by a change that keeps it.
@@ -183,10 +215,11 @@ impl Replica {
         }
         let blocks: Vec<_> = manifest.instances().copied().collect();
         let id = self.next_copy();
+        let too_few = self.too_few(&manifest);
         let Part::Primary(office) = &mut self.part else { return };
         if !manifest.holders.contains(&me) {
             let waited_for = office.unfetched.contains_key(key);
-            if !waited_for && manifest.holders.len() >= wanted {
+            if !waited_for && !too_few {
                 office.sick.remove(key);
                 return;
             }
@@ -200,9 +233,9 @@ impl Replica {
         }
         let failed = office.sick.get(key).map_or(0, |sick| sick.failed);
         let free = self.set.replicas.iter().filter(|replica| !manifest.holders.contains(replica));
-        let free: Vec<_> = free.collect();
+        let free: Vec<_> = free.filter(|replica| Some(*replica) != leaving.as_ref()).collect();
         match free.get(failed % free.len().max(1)) {
-            Some(to) if manifest.holders.len() < wanted => {
+            Some(to) if too_few => {
                 let instances = blocks.iter().map(|block| block.instance).collect();
                 let heal = CopyFor::Heal { key: key.clone(), met, to: Member::clone(to), blocks: instances };
                 office.copying.insert(id, heal);
@@ -307,6 +340,7 @@ impl Replica {
     ) {
         let wanted = self.settings.replication.min(self.set.replicas.len());
         let me = &self.settings.member;
+        let leaving = self.leaving().cloned();
         let Part::Primary(office) = &mut self.part else { return };
         let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
         let Some(manifest) =
@@ -319,7 +353,11 @@ impl Replica {
         };
         let (mine, others): (Vec<_>, Vec<_>) =
             manifest.holders.iter().filter(|holder| **holder != member).partition(|holder| *holder == me);
-        let holders = mine.into_iter().chain([&member]).chain(others).take(wanted).cloned().collect();
+        // Who is to leave counts where nobody else does.
+        let (last, others): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|holder| Some(*holder) == leaving.as_ref());
+        let holders = mine.into_iter().chain([&member]).chain(others).chain(last);
+        let holders = holders.take(wanted).cloned().collect();
         let place = Verb::Place { birth: manifest.birth, met, holders, brought };
         self.ask_shard(now, key.clone(), place, out);
     }

@@ -22,6 +22,7 @@
 //! - `office`: what a primary keeps. `change`: a change's way. `sweep`: comparing and installing.
 //! - `confirm`: rounds. `heal`: who holds bytes, and who should. `room`: who holds them instead, where room is short.
 //! - `saving`: what is on its way to the own catalog. `silent`: who keeps the others waiting.
+//! - `leaving`: who goes, and when.
 
 mod change;
 mod confirm;
@@ -29,6 +30,7 @@ mod damage;
 mod event;
 mod follower;
 mod heal;
+mod leaving;
 mod message;
 mod office;
 mod room;

@@ -61,6 +61,12 @@ pub(super) struct Office {
     pub(super) proposed: Option<Timestamp>,
     /// When somebody was last proposed to leave.
     pub(super) accused: Option<Timestamp>,
+    /// Who is to leave once no session counts on its copy.
+    pub(super) leaving: Option<Member>,
+    /// When that was last looked at.
+    pub(super) counted: Option<Timestamp>,
+    /// It was proposed in this generation: whenever that comes to be, nobody may count on its copy.
+    pub(super) parting: bool,
 }
 
 impl Office {
@@ -94,6 +100,7 @@ impl Office {
             || !self.unsettled.is_empty()
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
+            || self.leaving.is_some()
             || self
                 .peers
                 .iter()
@@ -116,8 +123,9 @@ impl Office {
 
 impl Replica {
     /// Where the bytes of a new session go: here, and to the next replicas of the set.
-    fn default_holders(&self) -> Arc<[Member]> {
-        self.set.replicas.iter().take(self.settings.replication.max(1)).cloned().collect()
+    pub(super) fn default_holders(&self) -> Arc<[Member]> {
+        let staying = self.set.replicas.iter().filter(|replica| Some(*replica) != self.leaving());
+        staying.take(self.settings.replication.max(1)).cloned().collect()
     }
 
     /// Becomes primary: its own copies are the truth from now on.
@@ -174,6 +182,9 @@ impl Replica {
             owned: 0,
             proposed: None,
             accused: None,
+            leaving: None,
+            counted: None,
+            parting: false,
         });
         self.lend_to_inherited();
         let Part::Primary(office) = &self.part else { return };
@@ -186,6 +197,9 @@ impl Replica {
 
     /// Goes on as primary in a new set.
     pub(super) fn keep_office(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
+        if let Part::Primary(office) = &mut self.part {
+            (office.leaving, office.parting) = (None, false);
+        }
         let holders = self.default_holders();
         let Part::Primary(office) = &mut self.part else { return };
         let before = std::mem::take(&mut office.peers);

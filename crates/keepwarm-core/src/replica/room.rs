@@ -153,7 +153,8 @@ impl Replica {
         // Its bytes are sent from here, or fetched to here.
         let may = |replica: &&Member| {
             let new = !manifest.holders.contains(replica) && !office.full.contains_key(*replica);
-            new && (holds_here || **replica == me)
+            let stays = office.leaving.as_ref() != Some(*replica);
+            new && stays && (holds_here || **replica == me)
         };
         let Some(to) = self.set.replicas.iter().find(may).cloned() else {
             return Err(Stuck::NoRoom);

@@ -60,7 +60,7 @@ pub struct Replica {
     /// When a primary looks at what is late next, while anything is unanswered; events in between do not put it off.
     look_at: Option<Timestamp>,
     /// Bytes that came and that no manifest names yet, until when they are kept.
-    pub(super) inbox: BTreeMap<InstanceId, Timestamp>,
+    pub(super) inbox: BTreeMap<(SessionKey, InstanceId), Timestamp>,
     /// Bytes that were being fetched when the office ended: they go when they are there.
     pub(super) unwanted: BTreeMap<CopyId, Vec<InstanceId>>,
     /// Messages sent so far.
@@ -148,7 +148,7 @@ impl Replica {
         self.manifests().map(|manifest| (&manifest.key, manifest.protect))
     }
 
-    fn manifests(&self) -> Box<dyn Iterator<Item = &Arc<Manifest>> + '_> {
+    pub(super) fn manifests(&self) -> Box<dyn Iterator<Item = &Arc<Manifest>> + '_> {
         match &self.part {
             Part::Primary(office) => {
                 Box::new(office.shard.sessions_after(None).map(|(_, manifest)| manifest))
@@ -166,7 +166,7 @@ impl Replica {
     #[must_use]
     pub fn under_replicated(&self) -> usize {
         match &self.part {
-            Part::Primary(_) => self.manifests().filter(|manifest| self.too_few(manifest)).count(),
+            Part::Primary(_) => self.manifests().filter(|manifest| self.fewer(manifest, None)).count(),
             Part::Follower(_) => 0,
         }
     }
@@ -235,10 +235,11 @@ impl Replica {
             ReplicaEvent::PersistFailed(ticket, error, records) => {
                 self.persist_failed(now, ticket, error, records, &mut out);
             }
-            ReplicaEvent::Arrived(instances) => {
+            ReplicaEvent::Arrived(key, instances) => {
                 let until = now + INBOX_TTL;
-                // What was there already has one name too many now.
-                let again = |instance: &InstanceId| self.inbox.insert(*instance, until).is_some();
+                // What was there already for the session has one name too many now; a fork of it needs its own.
+                let again =
+                    |instance: &InstanceId| self.inbox.insert((key.clone(), *instance), until).is_some();
                 let twice: Vec<_> = instances.into_iter().filter(again).collect();
                 if !twice.is_empty() {
                     out.push(release(twice));
@@ -252,6 +253,7 @@ impl Replica {
                     office.proposed = None;
                 }
             }
+            ReplicaEvent::Leaves(generation, member) => self.leaves(now, generation, member, &mut out),
             ReplicaEvent::Tick => self.tick(now, &mut out),
         }
         let open = matches!(&self.part, Part::Primary(office) if office.unanswered());
@@ -261,8 +263,12 @@ impl Replica {
 
     fn tick(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         self.look_at = None;
-        let late: Vec<_> =
-            self.inbox.iter().filter(|(_, until)| **until <= now).map(|(instance, _)| *instance).collect();
+        let late: Vec<_> = self
+            .inbox
+            .iter()
+            .filter(|(_, until)| **until <= now)
+            .map(|((_, instance), _)| *instance)
+            .collect();
         if !late.is_empty() {
             self.inbox.retain(|_, until| *until > now);
             out.push(release(late));

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use keepwarm_types::{Millis, SessionKey, Timestamp};
+use keepwarm_types::{SessionKey, Timestamp};
 
 use super::event::ReplicaCommand;
 use super::message::{Compare, Content, Install, Message, Span};
@@ -16,8 +16,6 @@ use crate::shard::{RETRY_AFTER, Refusal, Request};
 
 /// Heads in one comparison: 256 of some 60 bytes are 16 KiB, a few packets.
 const HEADS_MAX: usize = 256;
-/// How long a learner that would come in somebody's place waits for copies of bytes that are too few.
-pub(super) const COPIES_FIRST: Millis = Millis(10_000);
 /// Sessions on their way to one replica at once.
 const INSTALLS_MAX: usize = 64;
 
@@ -377,20 +375,8 @@ impl Replica {
         }
     }
 
-    /// A learner that has every manifest becomes a replica; it had to have each change since it came. Into a set that has
-    /// its size already it comes in somebody's place, who then leaves with the bytes that it has: not while copies of
-    /// any session are too few, unless they have waited for long: it may be for the room that it brings.
-    //= GUARANTEES.md#G10
+    /// A learner that has every manifest becomes a replica; it had to have each change since it came.
     fn promote_learner(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
-        let replaces = self.set.replicas.len() > self.settings.replication;
-        let Part::Primary(office) = &self.part else { return };
-        let fresh = |peer: &Peer| peer.learner && now.since(peer.joined) < COPIES_FIRST;
-        let replaces = replaces && office.peers.iter().any(fresh);
-        let lacks =
-            |sick: &SessionKey| office.shard.committed(sick).is_some_and(|manifest| self.too_few(manifest));
-        if replaces && office.sick.keys().any(lacks) {
-            return;
-        }
         let Part::Primary(office) = &mut self.part else { return };
         let ready = office.peers.iter().any(|peer| peer.learner && peer.filled());
         if ready && office.swept && office.proposed.is_none() {

@@ -2,6 +2,7 @@
 
 mod damage;
 mod forks;
+mod leaving;
 mod room;
 
 use std::collections::VecDeque;
@@ -13,7 +14,6 @@ use keepwarm_types::{
 };
 use uuid::Uuid;
 
-use super::sweep::COPIES_FIRST;
 use super::*;
 use crate::registry::{Change, Member, ReplicaSet};
 use crate::session::{BlockRef, Form, Labels, Layout, Part, Protect};
@@ -134,9 +134,9 @@ impl Net {
                 ReplicaCommand::Copy { id, to, spare: true, .. } if self.full.contains(&to) => {
                     next.push((at, ReplicaEvent::Copied(id, Err(CopyFailed::NoRoom))));
                 }
-                ReplicaCommand::Copy { id, to, blocks, .. } => {
+                ReplicaCommand::Copy { id, to, key, blocks, .. } => {
                     let instances = blocks.iter().map(|block| block.instance).collect();
-                    next.push((place(&to), ReplicaEvent::Arrived(instances)));
+                    next.push((place(&to), ReplicaEvent::Arrived(key, instances)));
                     next.push((at, ReplicaEvent::Copied(id, Ok(()))));
                 }
                 ReplicaCommand::Fetch { id, .. } => next.push((at, ReplicaEvent::Copied(id, Ok(())))),
@@ -232,7 +232,7 @@ fn copied(net: &mut Net, key: &SessionKey, instance: u64) -> Vec<ReplicaCommand>
         .collect();
     let [(id, to)] = &copies[..] else { panic!("one other holder: {copies:?}") };
     assert_eq!(*to, member(2));
-    net.replicas[1].on(NOW, ReplicaEvent::Arrived(vec![InstanceId(instance)]));
+    net.replicas[1].on(NOW, ReplicaEvent::Arrived(key.clone(), vec![InstanceId(instance)]));
     net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Ok(())))
 }
 
@@ -368,55 +368,6 @@ fn a_learner_is_proposed_only_when_it_has_every_manifest() {
     for n in 1..=2 {
         assert_eq!(net.replicas[1].head(&key(n)), net.replicas[0].head(&key(n)));
     }
-}
-
-/// A set of three with a learner, and a session in it that has one copy only.
-fn short() -> Net {
-    let mut net = Net::new(4);
-    net.adopt(&set(1, &[1, 2, 3], None));
-    let key = net.create(1);
-    let commands = net.ask(0, 2, &key, write(5));
-    net.run(0, commands);
-    // Node 2 held the bytes; node 3 has no room for them yet.
-    net.full = vec![member(3)];
-    let refused = |net: &mut Net, commands: Vec<ReplicaCommand>| {
-        let (copies, rest): (Vec<_>, Vec<_>) =
-            commands.into_iter().partition(|command| matches!(command, ReplicaCommand::Copy { .. }));
-        net.run(0, rest);
-        for copy in copies {
-            let ReplicaCommand::Copy { id, .. } = copy else { continue };
-            let commands = net.replicas[0].on(NOW, ReplicaEvent::Copied(id, Err(CopyFailed::NoRoom)));
-            net.run(0, commands);
-        }
-    };
-    for members in [set(2, &[1, 3], None), set(3, &[1, 3, 4], None), set(4, &[1, 3, 4], Some(2))] {
-        for at in [1, 2, 3] {
-            net.replicas[at].on(NOW, ReplicaEvent::Set(Arc::clone(&members)));
-        }
-        let commands = net.replicas[0].on(NOW, ReplicaEvent::Set(members));
-        refused(&mut net, commands);
-    }
-    assert_eq!(net.replicas[0].under_replicated(), 1);
-    assert_eq!(net.proposed, [], "who would leave may have the last copy");
-    net
-}
-
-//= GUARANTEES.md#G10
-#[test]
-fn nobody_comes_in_anothers_place_while_copies_are_too_few() {
-    let mut net = short();
-    for step in 1..100 {
-        let commands = net.replicas[0].on(NOW + Millis(50 * step), ReplicaEvent::Tick);
-        net.run(0, commands);
-    }
-    assert_eq!(net.replicas[0].under_replicated(), 0);
-    assert_eq!(net.proposed, [Change::Promote]);
-    // Where there is no room for them, the learner may be for that.
-    let late = short().replicas[0].on(NOW + COPIES_FIRST, ReplicaEvent::Tick);
-    assert!(
-        late.iter().any(|command| matches!(command, ReplicaCommand::Propose(Change::Promote))),
-        "{late:?}"
-    );
 }
 
 //= GUARANTEES.md#G11

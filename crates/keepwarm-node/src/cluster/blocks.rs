@@ -234,7 +234,7 @@ async fn take(
 async fn keep(handle: &Handle, header: &BlocksHeader, blocks: Vec<Block>) -> BlocksAnswer {
     let (kept, told) = oneshot::channel();
     let Ok(shard) = handle.links().shard(&header.key) else { return BlocksAnswer::Gone };
-    if shard.cast(ShardMsg::Arrived(blocks, kept)).is_err() || told.await.is_err() {
+    if shard.cast(ShardMsg::Arrived(header.key.clone(), blocks, kept)).is_err() || told.await.is_err() {
         return BlocksAnswer::Gone;
     }
     BlocksAnswer::Taken

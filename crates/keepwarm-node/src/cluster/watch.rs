@@ -1,13 +1,13 @@
 //! The registry's news to the shards, and who hears whom to the registry.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use keepwarm_core::registry::{Fitness, HealthReport, NodeStatus, Unheard};
+use keepwarm_core::registry::{Fitness, HealthReport, Member, NodeStatus, Registry, Unheard, leaver};
 use keepwarm_transport::certificate::TlsPaths;
 use keepwarm_transport::quic::QuicTransport;
-use keepwarm_types::Millis;
+use keepwarm_types::{Generation, Millis, ShardId};
 use tokio::time::Instant;
 
 use super::Cluster;
@@ -16,6 +16,8 @@ use crate::shard::ShardMsg;
 
 /// How often the certificates' files are looked at.
 const CERTIFICATES_EVERY: Duration = Duration::from_secs(2);
+/// How often shards are told again who is to leave, though nothing has changed.
+const TELL_AGAIN: Duration = Duration::from_secs(5);
 /// How often this node tells the registry's leader whom it does not hear.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 
@@ -24,6 +26,7 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
     let mut map = cluster.map.clone();
     let mut told = 0;
     let mut gone = BTreeSet::new();
+    let mut leaving = BTreeMap::new();
     loop {
         let registry = map.borrow_and_update().clone();
         for shard in registry.shards_since(told) {
@@ -32,6 +35,7 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             };
             let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
         }
+        tell_who_leaves(&cluster, &handle, &registry, &mut leaving);
         told = registry.version();
         let down = registry.nodes().iter().filter(|node| node.status == NodeStatus::Down);
         let down: BTreeSet<_> = down.map(|node| (node.registration.node.clone(), node.incarnation)).collect();
@@ -50,10 +54,44 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             Fate::Replaced(why) => return handle.fail(why),
             Fate::Superseded(why) => return handle.supersede(why),
         }
-        if map.changed().await.is_err() {
-            return;
+        match tokio::time::timeout(TELL_AGAIN, map.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return,
+            // A shard's actor that began anew does not know of it any more.
+            Err(_) => leaving.clear(),
         }
     }
+}
+
+/// Tells the shards that this node leads who is to leave their sets, anew for each set.
+fn tell_who_leaves(
+    cluster: &Cluster,
+    handle: &Handle,
+    registry: &Registry,
+    told: &mut BTreeMap<ShardId, (Generation, Member)>,
+) {
+    let me = cluster.member();
+    let slow = handle.slow();
+    let led = registry.shards().filter(|shard| registry.primary(*shard).as_ref() == Some(me));
+    let mut leaving = BTreeMap::new();
+    for shard in led {
+        let Some(member) = leaver(registry, shard, &slow) else { continue };
+        let Some(set) = registry.set(shard) else { continue };
+        leaving.insert(shard, (set.generation, member));
+    }
+    for (shard, (generation, member)) in &leaving {
+        if told.get(shard).is_none_or(|(known, before)| known != generation || before != member)
+            && let Some(actor) = handle.links().shard_at(*shard)
+        {
+            let _ = actor.cast(ShardMsg::Leaves(*generation, Some(member.clone())));
+        }
+    }
+    for (shard, (generation, _)) in told.iter().filter(|(shard, _)| !leaving.contains_key(shard)) {
+        if let Some(actor) = handle.links().shard_at(*shard) {
+            let _ = actor.cast(ShardMsg::Leaves(*generation, None));
+        }
+    }
+    *told = leaving;
 }
 
 /// What the registry has made of this process.
@@ -65,7 +103,7 @@ enum Fate {
     Superseded(String),
 }
 
-fn fate(cluster: &Cluster, registry: &keepwarm_core::registry::Registry) -> Fate {
+fn fate(cluster: &Cluster, registry: &Registry) -> Fate {
     let me = cluster.member();
     let Some(state) = registry.node(&me.node) else { return Fate::GoesOn };
     if state.incarnation > me.incarnation {

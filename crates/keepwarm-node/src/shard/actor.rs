@@ -91,11 +91,14 @@ impl Actor for ShardActor {
             }
             ShardMsg::Peer(envelope, _permit) => state.on(&myself, ReplicaEvent::Peer(envelope)),
             ShardMsg::Set(set) => state.on(&myself, ReplicaEvent::Set(set)),
+            ShardMsg::Leaves(generation, member) => {
+                state.on(&myself, ReplicaEvent::Leaves(generation, member));
+            }
             ShardMsg::Linked(member) => state.on(&myself, ReplicaEvent::Linked(member)),
-            ShardMsg::Arrived(blocks, kept) => {
+            ShardMsg::Arrived(key, blocks, kept) => {
                 let instances = blocks.iter().map(Block::instance).collect();
                 blocks.into_iter().for_each(|block| state.guards.take(block));
-                state.on(&myself, ReplicaEvent::Arrived(instances));
+                state.on(&myself, ReplicaEvent::Arrived(key, instances));
                 let _ = kept.send(());
             }
             ShardMsg::Copied(id, result) => {

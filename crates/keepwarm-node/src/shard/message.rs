@@ -8,7 +8,7 @@ use keepwarm_core::residency::EvictReason;
 use keepwarm_core::session::BlockRef;
 use keepwarm_core::shard::{Answer, PersistError, Record, Ticket, Verb};
 use keepwarm_memory::Block;
-use keepwarm_types::{Birth, SessionKey};
+use keepwarm_types::{Birth, Generation, SessionKey};
 use tokio::sync::oneshot;
 
 use crate::admission::Permit;
@@ -33,10 +33,12 @@ pub(crate) enum ShardMsg {
     Peer(Envelope, Permit),
     /// The registry's set for this shard.
     Set(Arc<ReplicaSet>),
+    /// In this generation's set this member is to leave, or nobody.
+    Leaves(Generation, Option<Member>),
     /// The link to another node is there again.
     Linked(Member),
     /// Verified bytes came from the primary; answered once they are kept.
-    Arrived(Vec<Block>, oneshot::Sender<()>),
+    Arrived(SessionKey, Vec<Block>, oneshot::Sender<()>),
     /// Bytes were copied to another node, or not; or fetched, and here they are.
     Copied(CopyId, Result<Vec<Block>, CopyFailed>),
     /// Another node's replica wants these bytes: guards of all of them, or nothing.

@@ -9,6 +9,7 @@ use keepwarm_types::SessionKey;
 use rand::RngExt;
 use uuid::Uuid;
 
+use super::bug::Bug;
 use super::invariants;
 use super::keys::{FORKS, Keys, SESSIONS, stamp, unit};
 use super::world::{Pins, Reply, Shared, stored_transcript};
@@ -80,6 +81,11 @@ impl Client {
         }
     }
 
+    /// Whether damage is what shall be found.
+    fn is_about_damage(&self) -> bool {
+        self.world.with(|world| world.bug(Bug::DamageTakenForLoss))
+    }
+
     async fn one(&mut self, key: SessionKey, forked: bool) {
         let Some(manifest) = self.look(&key).await else {
             if !forked {
@@ -96,7 +102,7 @@ impl Client {
             15 if self.world.below(2) == 0 => self.delete(&key).await,
             16 if self.world.below(2) == 0 => self.evict(&key, &manifest).await,
             17 | 18 => self.demote(&key).await,
-            19 if self.world.below(3) == 0 => self.condemn(&key, &manifest).await,
+            19 if self.is_about_damage() || self.world.below(3) == 0 => self.condemn(&key, &manifest).await,
             _ => drop(self.read(&key).await),
         }
     }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{
     Change, Entry, Member, NodeStatus, Refused, Registration, Registry, RegistrySettings, Response, copysets,
-    plan,
+    leaver, plan,
 };
 
 fn name(n: u16) -> NodeName {
@@ -50,15 +50,25 @@ fn cluster(nodes: u16, shards: u64, replication: usize) -> Registry {
     registry
 }
 
-/// Plans and applies until nothing is left to do; learners are promoted as their primaries would.
+/// What primaries propose whose sessions have all their copies where they shall stay.
+fn by_primaries(registry: &Registry, slow: &[Member]) -> Vec<Entry> {
+    let proposed = |shard| {
+        let set = registry.set(shard)?;
+        let change = match (&set.learner, leaver(registry, shard, slow)) {
+            (Some(_), _) => Change::Promote,
+            (None, Some(member)) => Change::Remove { node: member.node, observers: Vec::new() },
+            (None, None) => return None,
+        };
+        Some(Entry::Change { shard, generation: set.generation, change })
+    };
+    registry.shards().filter_map(proposed).collect()
+}
+
+/// Plans and applies until nothing is left to do, together with the primaries.
 fn settle(registry: &mut Registry, expected: usize) {
     for _ in 0..10_000 {
         let mut entries = plan(registry, expected, 64);
-        for shard in registry.shards() {
-            if let Some(set) = registry.set(shard).filter(|set| set.learner.is_some()) {
-                entries.push(Entry::Change { shard, generation: set.generation, change: Change::Promote });
-            }
-        }
+        entries.extend(by_primaries(registry, &[]));
         if entries.is_empty() {
             return;
         }
@@ -268,18 +278,13 @@ fn a_drained_node_is_emptied_by_others_first() {
             let staying = registry.set(shard).unwrap();
             assert!(staying.replicas.len() >= 3, "never fewer than before");
         }
-        let entries = plan(&registry, 4, 16);
+        let mut entries = plan(&registry, 4, 16);
+        entries.extend(by_primaries(&registry, &[]));
         if entries.is_empty() {
             break;
         }
         for entry in entries {
             assert_eq!(registry.apply(&entry).response, Response::Done);
-        }
-        for shard in registry.shards() {
-            let set = registry.set(shard).unwrap();
-            if set.learner.is_some() {
-                registry.apply(&Entry::Change { shard, generation: set.generation, change: Change::Promote });
-            }
         }
     }
     for shard in registry.shards() {

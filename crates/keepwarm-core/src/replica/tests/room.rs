@@ -100,7 +100,7 @@ fn what_waits_behind_a_move_finds_the_bytes_gone_and_has_them_fetched() {
     let commands = net.replicas[0].on(NOW, ReplicaEvent::Evict(key.clone(), birth));
     let [ReplicaCommand::Copy { id, to, spare: true, .. }] = &commands[..] else { panic!("{commands:?}") };
     assert_eq!(*to, member(3));
-    net.replicas[2].on(NOW, ReplicaEvent::Arrived(vec![InstanceId(5)]));
+    net.replicas[2].on(NOW, ReplicaEvent::Arrived(key.clone(), vec![InstanceId(5)]));
     let moving = net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Ok(())));
     let waits = net.ask(
         0,
@@ -166,7 +166,7 @@ fn moving(net: &mut Net, key: &SessionKey) -> Vec<ReplicaCommand> {
     let commands = net.replicas[0].on(NOW, ReplicaEvent::Evict(key.clone(), Birth::from_random(7)));
     let [ReplicaCommand::Copy { id, to, spare: true, .. }] = &commands[..] else { panic!("{commands:?}") };
     assert_eq!(*to, member(3));
-    net.replicas[2].on(NOW, ReplicaEvent::Arrived(vec![InstanceId(5)]));
+    net.replicas[2].on(NOW, ReplicaEvent::Arrived(key.clone(), vec![InstanceId(5)]));
     net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Ok(())))
 }
 
