@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keepwarm_core::registry::{Change, Entry, Member, NodeStatus, Registration, Response, leaver, plan};
+use keepwarm_core::registry::{Change, Entry, Member, NodeStatus, Registration, Response, leavers, plan};
 use keepwarm_core::replica::{ReplicaEvent, Role};
 use keepwarm_types::{Generation, Incarnation, Millis, ShardId, Timestamp};
 use keepwarm_wire::{VERSION_OLDEST, Versions};
@@ -124,7 +124,7 @@ impl World {
             let leaving: Vec<_> = led
                 .filter(|replica| replica.role() == Role::Primary)
                 .map(|replica| {
-                    let leaves = leaver(&self.registry, replica.id(), &[]);
+                    let leaves = leavers(&self.registry, [replica.id()], &[]).pop().map(|(_, member)| member);
                     (replica.id(), ReplicaEvent::Leaves(replica.set().generation, leaves))
                 })
                 .collect();
@@ -177,12 +177,10 @@ impl World {
 
     /// Without asking the primary.
     fn leave_at_once(&mut self) {
-        for shard in self.registry.shards() {
-            if let (Some(member), Some(set)) = (leaver(&self.registry, shard, &[]), self.registry.set(shard))
-            {
-                let change = Change::Remove { node: member.node, observers: Vec::new() };
-                self.propose(Entry::Change { shard, generation: set.generation, change }, None);
-            }
+        for (shard, member) in leavers(&self.registry, self.registry.shards(), &[]) {
+            let Some(set) = self.registry.set(shard) else { continue };
+            let change = Change::Remove { node: member.node, observers: Vec::new() };
+            self.propose(Entry::Change { shard, generation: set.generation, change }, None);
         }
     }
 

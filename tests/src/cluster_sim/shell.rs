@@ -1,11 +1,10 @@
 //! What the shell of a node does: it gives events to its replicas and carries their commands out.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 
 use keepwarm_core::registry::Entry;
 use keepwarm_core::replica::{Content, Envelope, Message, Replica, ReplicaCommand, ReplicaEvent};
-use keepwarm_core::session::{Manifest, TranscriptDelta};
+use keepwarm_core::session::TranscriptDelta;
 use keepwarm_core::shard::{Answer, Command, Record, Refusal, Request, RequestId, Verb};
 use keepwarm_types::{ColdReason, InstanceId, SessionKey, ShardId, Timestamp, Tokens};
 
@@ -151,7 +150,7 @@ impl World {
                 self.answer(at, shard, id, Err(refusal), Vec::new());
             }
             ReplicaCommand::Send(envelope) => self.send(at, envelope),
-            ReplicaCommand::SendWhole { envelope, candidates } => self.send_whole(at, envelope, &candidates),
+            ReplicaCommand::SendWhole(envelope) => self.send_whole(at, envelope),
             ReplicaCommand::Copy { id, to: target, key, blocks, spare, .. } => {
                 let source = self.nodes[at].member().cloned().expect("a replica has a member");
                 let (fetched, pinned) = (false, false);
@@ -250,20 +249,20 @@ impl World {
     }
 
     /// Sends a session whole, as the catalog has it together with its transcript.
-    fn send_whole(&mut self, at: usize, mut envelope: Envelope, candidates: &[Arc<Manifest>]) {
+    fn send_whole(&mut self, at: usize, mut envelope: Envelope) {
         let Message::Install(install) = &mut envelope.message else {
             return self.check(Err("what is sent whole is no install".to_owned()));
         };
         let store = &self.nodes[at].disk.store;
-        let Some(stored) = store.manifests.get(&install.key) else { return };
-        let Some(manifest) = candidates.iter().find(|candidate| candidate.stamp == stored.stamp) else {
-            return;
+        let Content::Live(manifest, content) = &mut install.content else {
+            return self.check(Err("what is sent whole has ended".to_owned()));
         };
+        if store.manifests.get(&install.key).is_none_or(|stored| stored.stamp != manifest.stamp) {
+            return;
+        }
         let tokens =
             store.transcripts.get(&(install.key.clone(), manifest.birth)).cloned().unwrap_or_default();
-        let whole =
-            TranscriptDelta { keep_tokens: Tokens(0), keep_messages: 0, tokens, messages: Vec::new() };
-        install.content = Content::Live(Arc::clone(manifest), whole);
+        *content = TranscriptDelta { keep_tokens: Tokens(0), keep_messages: 0, tokens, messages: Vec::new() };
         self.send(at, envelope);
     }
 

@@ -33,7 +33,7 @@ pub use detector::{
 };
 pub use entry::{Applied, Change, Entry, Refused, Registration, Response};
 pub use pace::Pace;
-pub use plan::{ASSIGN_MAX, LEARNERS_MAX, leaver, plan, plan_under};
+pub use plan::{ASSIGN_MAX, LEARNERS_MAX, leavers, plan, plan_under};
 pub use sets::REPLICAS_MAX;
 pub use state::{Member, NodeState, NodeStatus, Registry, RegistrySettings, ReplicaSet};
 

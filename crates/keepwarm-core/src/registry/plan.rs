@@ -1,7 +1,7 @@
 //! What the leader proposes next, so that each shard has its replicas and each node its share.
 //!
 //! It never promotes a learner: only the shard's primary knows when that has everything. And it takes nobody out of a
-//! set: who leaves next follows from the registry ([`leaver`]), but only the primary knows when no session counts on that
+//! set: who leaves next follows from the registry, and whom the primary finds slow ([`leavers`]), but only the primary knows when no session counts on that
 //! member's copy any more, and proposes it then. Only for a primary of a version before that the plan does it, where as
 //! many replicas stay as were promised.
 
@@ -29,6 +29,7 @@ const SHARE_RATIO: usize = 2;
 /// Who does not hear whom.
 type Apart = HashSet<(Place, Place)>;
 
+#[derive(Clone)]
 struct Storing<'a> {
     place: Place,
     name: &'a NodeName,
@@ -78,35 +79,52 @@ pub fn plan_under(registry: &Registry, expected: usize, limit: usize, conditions
         return first_sets(&nodes, &fresh, size);
     }
     let mut entries = Vec::new();
+    // Primaries see the registry as it is, not as this plan will make it.
+    let counted = nodes.clone();
     for (shard, set) in registry.sets.iter() {
         if entries.len() >= limit {
             break;
         }
-        if let Some(change) = next(set, &mut nodes, size, registry.settings.replication, &apart) {
+        let leaver = leaver_of(set, &counted, size, registry.settings.replication);
+        if let Some(change) = next(set, &mut nodes, size, leaver, &apart) {
             entries.push(Entry::Change { shard, generation: set.generation, change });
         }
     }
     if entries.is_empty() { share(registry, &mut nodes, size, limit) } else { entries }
 }
 
-/// Who is to leave a shard's set next, by its primary, which takes `slow` for slow: who is being emptied, or one too many.
-/// Never the primary: another one is made that first.
+/// Who is to leave these shards' sets next, by their primaries, which take `slow` for slow: who is being emptied, or one too
+/// many. Never a primary: another one is made that first.
 #[must_use]
-pub fn leaver(registry: &Registry, shard: ShardId, slow: &[Member]) -> Option<Member> {
-    let set = registry.sets.get(shard)?;
+pub fn leavers(
+    registry: &Registry,
+    shards: impl IntoIterator<Item = ShardId>,
+    slow: &[Member],
+) -> Vec<(ShardId, Member)> {
     let settings = registry.settings;
     let draining = |place| registry.nodes[usize::from(place)].status == NodeStatus::Draining;
-    // What it takes to know more costs a look at every set.
-    if set.len() <= settings.replication + 1 && !set.members().any(draining) {
-        return None;
+    // What it takes to know more is a look at every set.
+    let concerned = |shard: &ShardId| {
+        let large = |set: &Set| set.len() > settings.replication + 1 || set.members().any(draining);
+        registry.sets.get(*shard).is_some_and(large)
+    };
+    let shards: Vec<_> = shards.into_iter().filter(concerned).collect();
+    if shards.is_empty() {
+        return Vec::new();
     }
-    let slow = slow.iter().map(|member| (member.node.clone(), BTreeSet::new())).collect();
+    let primaries: BTreeSet<_> =
+        shards.iter().filter_map(|shard| registry.primary(*shard)).map(|member| member.node).collect();
+    let slow = slow.iter().map(|member| (member.node.clone(), primaries.clone())).collect();
     let conditions = Conditions { slow, ..Conditions::default() };
     let nodes = storing(registry, &conditions);
     let able = nodes.values().filter(|node| !node.draining).count();
     let size = (settings.replication + 1).min(able);
-    let place = leaver_of(set, &nodes, size, settings.replication)?;
-    (set.primary() != Some(place)).then(|| registry.member(place))
+    let leaver = |shard: ShardId| {
+        let set = registry.sets.get(shard)?;
+        let place = leaver_of(set, &nodes, size, settings.replication)?;
+        (set.primary() != Some(place)).then(|| (shard, registry.member(place)))
+    };
+    shards.into_iter().filter_map(leaver).collect()
 }
 
 /// A node that has far less than others, because it is new, begins to copy some of their shards; when it has them,
@@ -227,7 +245,7 @@ fn next(
     set: &Set,
     nodes: &mut HashMap<Place, Storing<'_>>,
     size: usize,
-    replication: usize,
+    leaver: Option<Place>,
     apart: &Apart,
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
@@ -246,20 +264,15 @@ fn next(
     let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
     let staying = set.members().filter(stays).count();
     let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.slow);
-    // Who waits for it says who leaves: it must know whom the others find slow.
-    let waits = nodes.get(&primary)?.name;
-    let seen = |place: Place| {
-        nodes.get(&place).and_then(|node| node.slow_to).is_some_and(|slow_to| slow_to.contains(waits))
-    };
     // In first, then out: a slow copy is better than none.
-    let dawdles = set.len() == size && set.members().any(seen);
+    let dawdles = set.len() == size && set.members().any(|place| slow_to(place, set, nodes));
     if staying < size || dawdles && best_learner(set, nodes).is_some_and(|place| !is_slow(place)) {
         if let Some(place) = best_learner(set, nodes) {
             let node = nodes.get_mut(&place)?;
             (node.learning, node.replicas) = (node.learning + 1, node.replicas + 1);
             return Some(Change::AddLearner(node.name.clone()));
         }
-    } else if let Some(leaver) = leaver_of(set, nodes, size, replication) {
+    } else if let Some(leaver) = leaver {
         if leaver == primary {
             return better_primary(set, primary, nodes, apart, true);
         }
@@ -289,7 +302,8 @@ fn leaver_of(
     draining.or_else(|| surplus(set, nodes).filter(|_| set.len() > size))
 }
 
-/// Who leaves a set that is too large: one that is slow, then one whose zone is there twice, then who has most, then the last.
+/// Who leaves a set that is too large: one that is slow to its primary, then one whose zone is there twice, then who has most,
+/// then the last.
 fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
     let zone = |place: Place| nodes.get(&place).map(|node| node.zone);
     let twice = |place: Place| set.members().filter(|other| zone(*other) == zone(place)).count() > 1;
@@ -297,9 +311,15 @@ fn surplus(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place> {
         .enumerate()
         .max_by_key(|(at, place)| {
             let node = nodes.get(place);
-            (node.is_some_and(|node| node.slow), twice(*place), node.map_or(0, |node| node.replicas), *at)
+            (slow_to(*place, set, nodes), twice(*place), node.map_or(0, |node| node.replicas), *at)
         })
         .map(|(_, place)| place)
+}
+
+/// Whether a set's primary finds a member slow: who waits for it says who leaves, so nobody else's word counts for that.
+fn slow_to(place: Place, set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> bool {
+    let Some(primary) = set.primary().and_then(|place| nodes.get(&place)) else { return false };
+    nodes.get(&place).and_then(|node| node.slow_to).is_some_and(|slow_to| slow_to.contains(primary.name))
 }
 
 /// Who has least of the nodes that could join the set: one that is slow last, one of another zone first.

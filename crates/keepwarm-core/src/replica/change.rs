@@ -328,7 +328,7 @@ impl Replica {
     ) {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(ticket) = office.changing.get(key).copied() else { return };
-        // A session on its way whole may undo what was prepared; the change is sent again after it.
+        // A session on its way whole has the change, or it is sent again after it.
         if office.peer(from).is_none_or(|peer| peer.installs.contains_key(key)) {
             return;
         }
@@ -343,6 +343,8 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         if let Some(change) = office.changes.get_mut(&ticket) {
             change.local = true;
+            let key = change.key.clone();
+            self.install_saved(now, &key, out);
         }
         self.commit_if_all_have(now, ticket, out);
     }

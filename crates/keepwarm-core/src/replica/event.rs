@@ -6,7 +6,7 @@ use keepwarm_types::{Birth, InstanceId, Millis, SessionKey, ShardCount, ShardId}
 
 use super::message::Envelope;
 use crate::registry::{Change, Member, ReplicaSet};
-use crate::session::{BlockRef, Manifest};
+use crate::session::BlockRef;
 use crate::shard::{self, Answer, PersistError, Record, Refusal, Request, RequestId, Ticket};
 
 /// What a replica is told at its start.
@@ -77,7 +77,7 @@ pub enum ReplicaEvent {
     },
     /// The registry refused a proposed change, or did not answer.
     ProposalFailed,
-    /// In this generation's set this member is to leave, or nobody, as the registry's [`leaver`](crate::registry::leaver)
+    /// In this generation's set this member is to leave, or nobody, as the registry's [`leavers`](crate::registry::leavers)
     /// says. Anew for each set.
     Leaves(keepwarm_types::Generation, Option<Member>),
     /// Time passed.
@@ -102,14 +102,9 @@ pub enum ReplicaCommand {
     /// Tell another replica. It may get lost.
     Send(Envelope),
     /// Tell another replica what a session is: the envelope's [`Install`](super::Install) needs its transcript, read
-    /// from the catalog in one look together with the manifest. Whichever of the candidates has the catalog's stamp is
-    /// sent; if none has, nothing is, and the replica comes back to it.
-    SendWhole {
-        /// With the first candidate.
-        envelope: Envelope,
-        /// What the session may be by now.
-        candidates: Vec<Arc<Manifest>>,
-    },
+    /// from the catalog in one look together with the manifest's stamp. Where the catalog has another stamp nothing is sent,
+    /// and the replica comes back to it.
+    SendWhole(Envelope),
     /// Copy these blocks to a holder.
     Copy {
         /// Names the copy.

@@ -454,6 +454,8 @@ impl Replica {
             for (key, copy) in &mut follower.copies {
                 if copy.holding {
                     left.push(key.clone());
+                    // The others may name it as a holder still: that is compared as if it had just started.
+                    copy.bare = true;
                 }
                 gone.extend(copy.held());
                 copy.holding = false;

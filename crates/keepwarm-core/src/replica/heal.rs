@@ -130,18 +130,28 @@ impl Replica {
     }
 
     /// A member that is named as a holder does not have the bytes.
-    pub(super) fn lacks(&mut self, member: &Member, key: &SessionKey) {
+    pub(super) fn lacks(
+        &mut self,
+        now: Timestamp,
+        member: &Member,
+        key: &SessionKey,
+        out: &mut Vec<ReplicaCommand>,
+    ) {
         self.keep_holders(key, |holder| holder != member);
-        self.take_back(key);
+        self.take_back(now, key, out);
         self.look_at(key, false);
     }
 
     /// The head of a take-over may name others as holders who were to take the bytes over from this node and do not have
     /// them: where they are here still, because that was never settled, they count again.
     //= GUARANTEES.md#G10
-    fn take_back(&mut self, key: &SessionKey) {
+    fn take_back(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
         let me = self.settings.member.clone();
         let Part::Primary(office) = &self.part else { return };
+        // A change that is on its way knows what this node holds.
+        if office.shard.changing(key) {
+            return;
+        }
         let Some(manifest) = office.shard.committed(key).filter(|manifest| self.too_few(manifest)) else {
             return;
         };
@@ -160,6 +170,9 @@ impl Replica {
             }
         }
         office.shard.holders_left(key, &holders);
+        let mut reside = Vec::new();
+        office.shard.reside(now, key, &mut reside);
+        out.extend(reside.into_iter().map(ReplicaCommand::Shard));
     }
 
     /// Takes up sessions that need healing, as many as may be under way.
@@ -288,7 +301,7 @@ impl Replica {
                     self.place_with(now, &key, met, me, blocks, out);
                 }
                 Err(CopyFailed::Gone) => {
-                    self.lacks(&from, &key);
+                    self.lacks(now, &from, &key, out);
                     self.heal_one(now, &key, out);
                 }
                 Err(CopyFailed::NoRoom) => {
@@ -343,6 +356,8 @@ impl Replica {
         let leaving = self.leaving().cloned();
         let Part::Primary(office) = &mut self.part else { return };
         let manifest = office.shard.committed(key).filter(|manifest| manifest.stamp == met);
+        // Who is to leave may be proposed to already.
+        let manifest = manifest.filter(|_| leaving.as_ref() != Some(&member));
         let Some(manifest) =
             manifest.filter(|_| !office.shard.changing(key) && !self.saving.contains_key(key))
         else {

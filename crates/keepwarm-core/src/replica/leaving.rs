@@ -1,7 +1,9 @@
 //! A member that is to leave the set takes nobody's copies with it: others have them first.
 //!
-//! The registry says who ([`leaver`](crate::registry::leaver)). From then on that member's copy counts for no session: what
+//! The registry says who ([`leavers`](crate::registry::leavers)). From then on that member's copy counts for no session: what
 //! has too few others is healed, new sessions go elsewhere, and once none is short the primary proposes that it leaves.
+
+use std::sync::Arc;
 
 use keepwarm_types::{Generation, Millis, Timestamp};
 
@@ -9,6 +11,7 @@ use super::change::Changing;
 use super::event::ReplicaCommand;
 use super::state::{Part, Replica};
 use crate::registry::{Change, Member};
+use crate::session::Manifest;
 
 /// How long after one look at all sessions there is another.
 const COUNTED_AGAIN: Millis = Millis(500);
@@ -53,12 +56,15 @@ impl Replica {
     pub(super) fn let_leave(&mut self, now: Timestamp, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &self.part else { return };
         let Some(member) = office.leaving.clone() else { return };
+        let counts = |manifest: &Arc<Manifest>| manifest.holders.contains(&member) && self.too_few(manifest);
+        // What is known to be healed, or not to be, saves the look at all others.
+        let healing = || office.sick.keys().any(|sick| office.shard.committed(sick).is_some_and(counts));
         let counted = office.counted.is_some_and(|at| now.since(at) < COUNTED_AGAIN);
-        if counted || office.proposed.is_some() || !office.sick.is_empty() {
+        if counted || office.proposed.is_some() || healing() {
             return;
         }
         let next = office.changes.values().filter_map(Changing::manifest);
-        let short = self.manifests().chain(next).any(|manifest| self.too_few(manifest));
+        let short = self.manifests().chain(next).any(counts);
         if short {
             self.look_at_holders();
         }

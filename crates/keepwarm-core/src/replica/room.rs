@@ -202,7 +202,8 @@ impl Replica {
             let leased = away == me && office.shard.leased(now, &key);
             let quiet = !office.shard.changing(&key) && !self.saving.contains_key(&key);
             let in_time = to == me || now.since(began) <= COPY_MAX;
-            quiet && !leased && in_time && self.set.replicas.contains(&to) && manifest.holders.contains(&away)
+            let stays = self.set.replicas.contains(&to) && office.leaving.as_ref() != Some(&to);
+            quiet && !leased && in_time && stays && manifest.holders.contains(&away)
         };
         if let (Ok(()), Some(manifest)) = (result, committed.filter(fits)) {
             let stay = manifest.holders.iter().filter(|holder| **holder != away);
@@ -224,7 +225,7 @@ impl Replica {
             out.push(release(brought));
         }
         if to == me && result == Err(CopyFailed::Gone) {
-            self.lacks(&away, &key);
+            self.lacks(now, &away, &key, out);
         }
         if result == Err(CopyFailed::Damaged) {
             // Whoever it should leave keeps it: the copy that is none any more is this node's.

@@ -142,8 +142,10 @@ impl Replica {
         let last: HashMap<_, _> =
             records.iter().map(|record| (record.key().clone(), record.stamp())).collect();
         records.retain(|record| {
+            // A fork that was put in its place whole since then needs no parent.
             let later = self.saving.get(record.key()).is_some_and(|unsaved| unsaved.latest > saving.serial);
-            !later && self.head(record.key()) == last.get(record.key()).copied().flatten()
+            !(later && parent(record).is_some())
+                && self.head(record.key()) == last.get(record.key()).copied().flatten()
         });
         if records.len() < given && matches!(saving.then, Then::Say(..)) {
             // Whoever put something later in its place says when that is on disk.
@@ -165,6 +167,15 @@ impl Replica {
                 Part::Follower(_) => self.forget_unsaved(record.key(), out),
             }
         }
+        // Where the outcome was unknown it may be on the disk all the same.
+        let drops: Vec<_> = gone
+            .iter()
+            .filter_map(|record| match record {
+                Record::Manifest(manifest, _) => Some(Record::Drop(record.key().clone(), manifest.birth)),
+                _ => None,
+            })
+            .collect();
+        self.save(gone.iter().map(|record| record.key().clone()).collect(), drops, Then::Nothing, out);
         self.saved(now, &saving, out);
         self.touched(now, out);
     }

@@ -205,7 +205,7 @@ impl Replica {
             self.install_at(now, from, &key, out);
         }
         for key in lacking {
-            self.lacks(from, &key);
+            self.lacks(now, from, &key, out);
         }
         if let Some(key) = one {
             self.one_settled(&key);
@@ -227,7 +227,9 @@ impl Replica {
         }
     }
 
-    /// Sends a session whole.
+    /// Sends a session whole: as the change makes it that is on its way, if any. So what is sent later never takes back what
+    /// was sent before, and an acknowledgement stands whatever comes late or twice.
+    //= GUARANTEES.md#G10
     pub(super) fn install_at(
         &mut self,
         now: Timestamp,
@@ -238,11 +240,9 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let Some(peer) = office.peer(to) else { return };
         peer.installs.insert(key.clone(), now);
-        // What is sent whole may be what was before the change that is under way: that counts there no more.
         if let Some(ticket) = office.changing.get(key)
             && let Some(change) = office.changes.get_mut(ticket)
         {
-            change.acked.retain(|member| member != to);
             change.given |= change.sent;
         }
         let whole = |content| Message::Install(Box::new(Install { key: key.clone(), content }));
@@ -253,26 +253,36 @@ impl Replica {
             return self.say(to, whole(Content::Ended(grave)), out);
         }
         let pending = pending.and_then(|change| change.manifest().cloned());
-        let candidates: Vec<_> = office.shard.committed(key).cloned().into_iter().chain(pending).collect();
-        match candidates.first() {
+        match pending.or_else(|| office.shard.committed(key).cloned()) {
             None => {
                 let content = office.shard.grave(key).map_or(Content::Absent, |grave| Content::Ended(*grave));
                 self.say(to, whole(content), out);
             }
-            Some(first) => {
-                let content = Content::Live(Arc::clone(first), TranscriptDelta::default());
+            Some(manifest) => {
+                let content = Content::Live(Arc::clone(&manifest), TranscriptDelta::default());
                 let envelope = self.envelope(to, whole(content));
-                if first.transcript_tokens.0 == 0 && first.transcript_messages == 0 {
+                if manifest.transcript_tokens.0 == 0 && manifest.transcript_messages == 0 {
                     out.push(ReplicaCommand::Send(envelope));
                 } else {
-                    out.push(ReplicaCommand::SendWhole { envelope, candidates });
+                    // Its transcript is in the own catalog, or will be: then it is sent again.
+                    out.push(ReplicaCommand::SendWhole(envelope));
                 }
             }
         }
     }
 
-    /// A session that is here, but not on this node's disk, and that cannot be put there any more, was never told to
-    /// anybody: it goes, here and wherever else it came to.
+    /// The own catalog has a change: who is to have its session whole can be sent it now.
+    pub(super) fn install_saved(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
+        let Part::Primary(office) = &self.part else { return };
+        let waits = office.peers.iter().filter(|peer| peer.installs.contains_key(key));
+        let waiting: Vec<_> = waits.map(|peer| peer.member.clone()).collect();
+        for member in waiting {
+            self.install_at(now, &member, key, out);
+        }
+    }
+
+    /// A session that is here, but not on this node's disk, and that cannot be put there any more, was never acknowledged:
+    /// it goes, here and wherever else it came to.
     pub(super) fn never_was(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<ReplicaCommand>) {
         let Part::Primary(office) = &mut self.part else { return };
         let mut commands = Vec::new();
@@ -316,7 +326,7 @@ impl Replica {
                     peer.notices.insert(key.clone(), (head, None));
                 }
                 if !holding {
-                    self.lacks(from, key);
+                    self.lacks(now, from, key, out);
                 }
             }
             None => self.install_at(now, from, key, out),

@@ -122,11 +122,9 @@ impl Net {
                     ));
                 }
                 ReplicaCommand::Send(Envelope { message: Message::Install(install), .. })
-                | ReplicaCommand::SendWhole {
-                    envelope: Envelope { message: Message::Install(install), .. },
-                    ..
-                } if self.lost.as_ref() == Some(&install.key) => {}
-                ReplicaCommand::Send(envelope) | ReplicaCommand::SendWhole { envelope, .. } => {
+                | ReplicaCommand::SendWhole(Envelope { message: Message::Install(install), .. })
+                    if self.lost.as_ref() == Some(&install.key) => {}
+                ReplicaCommand::Send(envelope) | ReplicaCommand::SendWhole(envelope) => {
                     if place(&envelope.to) < self.replicas.len() {
                         next.push((place(&envelope.to), ReplicaEvent::Peer(envelope)));
                     }
@@ -368,6 +366,32 @@ fn a_learner_is_proposed_only_when_it_has_every_manifest() {
     for n in 1..=2 {
         assert_eq!(net.replicas[1].head(&key(n)), net.replicas[0].head(&key(n)));
     }
+}
+
+//= GUARANTEES.md#G10
+#[test]
+fn what_is_sent_whole_has_the_change_that_is_on_its_way() {
+    let mut net = Net::new(4);
+    net.adopt(&set(1, &[1, 2, 3], None));
+    let key = net.create(1);
+    let change = copied(&mut net, &key, 5);
+    assert!(!change.is_empty(), "nobody has it yet");
+    let next = set(2, &[1, 2, 3], Some(4));
+    net.replicas[3].on(NOW, ReplicaEvent::Set(Arc::clone(&next)));
+    let mut needs = Vec::new();
+    for command in net.replicas[0].on(NOW, ReplicaEvent::Set(next)) {
+        if let ReplicaCommand::Send(envelope) = command
+            && envelope.to == member(4)
+            && matches!(envelope.message, Message::Prepare(_))
+        {
+            needs.extend(net.replicas[3].on(NOW, ReplicaEvent::Peer(envelope)));
+        }
+    }
+    let [ReplicaCommand::Send(need)] = &needs[..] else { panic!("{needs:?}") };
+    assert!(matches!(need.message, Message::NeedWhole { .. }), "{need:?}");
+    let whole = net.replicas[0].on(NOW, ReplicaEvent::Peer(need.clone()));
+    let [(_, Message::Install(install))] = &sent(&whole)[..] else { panic!("{whole:?}") };
+    assert_eq!(install.content.head(), net.replicas[0].head(&key), "not what was before it");
 }
 
 //= GUARANTEES.md#G11

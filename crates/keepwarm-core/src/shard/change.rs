@@ -5,7 +5,7 @@ use std::sync::Arc;
 use keepwarm_types::{Birth, Bytes, InstanceId, Millis, SessionKey, Timestamp};
 
 use super::command::{Command, Record, Residence, Ticket, TranscriptChange};
-use super::entry::{After, End, Pending};
+use super::entry::{After, End, Entry, Pending};
 use super::event::{PersistError, RequestId};
 use super::refusal::Refusal;
 use super::state::{Shard, Timer, session};
@@ -146,7 +146,7 @@ impl Shard {
         self.forget_oldest(key, out);
     }
 
-    /// A session that no catalog has as it is goes without a trace. False where there is none, or it is at work.
+    /// A session that the own catalog never took goes without a tombstone. False where there is none, or it is at work.
     pub(crate) fn never_was(&mut self, now: Timestamp, key: &SessionKey, out: &mut Vec<Command>) -> bool {
         let idle = self.sessions.get(key).filter(|entry| !entry.busy());
         let Some(manifest) = idle.and_then(|entry| entry.manifest.clone()) else { return false };
@@ -219,8 +219,10 @@ impl Shard {
     /// Whether the outcome of what the session is busy with is unknown.
     pub(super) fn in_doubt(&self, key: &SessionKey) -> bool {
         let Some(work) = self.sessions.get(key).and_then(|entry| entry.work.as_ref()) else { return false };
+        // A fork of an earlier office is no change of this one: nobody knows when its catalog takes it.
+        let inherited = |child| !self.sessions.get(child).is_some_and(Entry::is_pending);
         work.pending.as_ref().is_some_and(|pending| pending.in_doubt.is_some())
-            || work.lent.iter().any(|child| self.in_doubt(child))
+            || work.lent.iter().any(|child| inherited(child) || self.in_doubt(child))
     }
 
     /// A fork begins as this session is now: until it is in the catalog nothing changes here.

@@ -117,6 +117,12 @@ impl Entry {
         }
     }
 
+    /// Whether a change is on its way to the catalog.
+    pub(super) fn is_pending(&self) -> bool {
+        self.work.as_ref().is_some_and(|work| work.pending.is_some())
+    }
+
+    /// Whether it can take no change now.
     pub(super) fn busy(&self) -> bool {
         self.work.as_ref().is_some_and(|work| work.busy())
     }

@@ -333,8 +333,7 @@ impl Shard {
                 super::change::validate_manifest(manifest);
                 assert!(!self.tombstones.contains_key(key), "{key} is both alive and ended");
             } else {
-                let pending = entry.work.as_ref().is_some_and(|work| work.pending.is_some());
-                assert!(pending, "{key} has neither manifest nor a commit under way");
+                assert!(entry.is_pending(), "{key} has neither manifest nor a commit under way");
             }
             if let Some(work) = &entry.work {
                 assert!(work.queue.len() <= WRITES_QUEUED_MAX, "{key} queues too much");

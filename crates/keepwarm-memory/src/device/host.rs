@@ -144,6 +144,10 @@ impl Device for HostDevice {
         self.enqueue(direction, jobs, Work::Scatter)
     }
 
+    fn quantises(&self) -> bool {
+        true
+    }
+
     fn quantise(&self, direction: Direction, jobs: Vec<QuantiseJob>) -> Result<Transfer, TransferError> {
         let steps = jobs.into_iter().map(|job| Quantise { job, via: None }).collect();
         self.enqueue(direction, steps, Work::Quantise)

@@ -213,6 +213,9 @@ pub trait Device: Send + Sync + fmt::Debug {
         jobs: Vec<ScatterJob>,
     ) -> Result<Transfer<BlockMut>, TransferError>;
 
+    /// Whether it [quantises](Self::quantise) and [dequantises](Self::dequantise) at all.
+    fn quantises(&self) -> bool;
+
     /// Writes the stored form of each job's raw block on the stream of `direction`, as [`quantise_block`] does, and seals it as
     /// the same instance with a checksum of its own. The source is verified, and what arrived is what was made.
     ///

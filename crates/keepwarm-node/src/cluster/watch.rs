@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use keepwarm_core::registry::{Fitness, HealthReport, Member, NodeStatus, Registry, Unheard, leaver};
+use keepwarm_core::registry::{Fitness, HealthReport, Member, NodeStatus, Registry, Unheard, leavers};
 use keepwarm_transport::certificate::TlsPaths;
 use keepwarm_transport::quic::QuicTransport;
 use keepwarm_types::{Generation, Millis, ShardId};
@@ -26,7 +26,7 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
     let mut map = cluster.map.clone();
     let mut told = 0;
     let mut gone = BTreeSet::new();
-    let mut leaving = BTreeMap::new();
+    let (mut leaving, mut retold) = (BTreeMap::new(), Instant::now());
     loop {
         let registry = map.borrow_and_update().clone();
         for shard in registry.shards_since(told) {
@@ -34,6 +34,10 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
                 continue;
             };
             let _ = actor.cast(ShardMsg::Set(Arc::new(set)));
+        }
+        if retold.elapsed() >= TELL_AGAIN {
+            // A shard's actor that began anew does not know of it any more.
+            (leaving, retold) = (BTreeMap::new(), Instant::now());
         }
         tell_who_leaves(&cluster, &handle, &registry, &mut leaving);
         told = registry.version();
@@ -54,11 +58,8 @@ pub(super) async fn follow(cluster: Arc<Cluster>, handle: Handle) {
             Fate::Replaced(why) => return handle.fail(why),
             Fate::Superseded(why) => return handle.supersede(why),
         }
-        match tokio::time::timeout(TELL_AGAIN, map.changed()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return,
-            // A shard's actor that began anew does not know of it any more.
-            Err(_) => leaving.clear(),
+        if let Ok(Err(_)) = tokio::time::timeout(TELL_AGAIN, map.changed()).await {
+            return;
         }
     }
 }
@@ -71,14 +72,10 @@ fn tell_who_leaves(
     told: &mut BTreeMap<ShardId, (Generation, Member)>,
 ) {
     let me = cluster.member();
-    let slow = handle.slow();
     let led = registry.shards().filter(|shard| registry.primary(*shard).as_ref() == Some(me));
-    let mut leaving = BTreeMap::new();
-    for shard in led {
-        let Some(member) = leaver(registry, shard, &slow) else { continue };
-        let Some(set) = registry.set(shard) else { continue };
-        leaving.insert(shard, (set.generation, member));
-    }
+    let leavers = leavers(registry, led, &handle.slow()).into_iter();
+    let named = |(shard, member)| Some((shard, (registry.set(shard)?.generation, member)));
+    let leaving: BTreeMap<_, _> = leavers.filter_map(named).collect();
     for (shard, (generation, member)) in &leaving {
         if told.get(shard).is_none_or(|(known, before)| known != generation || before != member)
             && let Some(actor) = handle.links().shard_at(*shard)

@@ -62,6 +62,7 @@ impl Handle {
             let reason = "the tenant has no forever_bytes_max".to_owned();
             return Err(Error::InvalidField { field: "protect_s".to_owned(), reason });
         }
+        self.can_run(&request.layout)?;
         self.all_can_hold(&request.layout)?;
         let id = request.id.map_or_else(|| self.mint(), Ok)?;
         let key = SessionKey::new(tenant.clone(), id);
@@ -84,6 +85,15 @@ impl Handle {
             self.share_home(&key, SessionKey::new(tenant.clone(), near)).await?;
         }
         Ok((self.info(*view).await, new))
+    }
+
+    /// Whether some GPU of this node makes such a layout's cold form, and can make it warm again.
+    fn can_run(&self, layout: &Layout) -> Result<(), Error> {
+        if !layout.is_lossy() || self.inner().boards.iter().any(|board| board.device().quantises()) {
+            return Ok(());
+        }
+        let reason = "no GPU of this node takes keepwarm's kernels, which make the cold form: leave `cold` out, or create it at another node";
+        Err(Error::InvalidField { field: "layout".to_owned(), reason: reason.to_owned() })
     }
 
     /// Whether every node that is connected can be told of such a layout; one that is not would wait for a copy in vain.

@@ -184,8 +184,8 @@ impl ShardState {
             }
             ReplicaCommand::Refuse(request, refusal) => self.reply(request, Err(refusal)),
             ReplicaCommand::Send(envelope) => peers::send(&self.args.handle, envelope),
-            ReplicaCommand::SendWhole { envelope, candidates } => {
-                peers::send_whole(&self.args.handle, &self.args.catalog, envelope, candidates);
+            ReplicaCommand::SendWhole(envelope) => {
+                peers::send_whole(&self.args.handle, &self.args.catalog, envelope);
             }
             ReplicaCommand::Stays(key) => {
                 if let Ok(pinned) = self.args.handle.links().pinned() {

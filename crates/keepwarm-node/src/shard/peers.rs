@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use keepwarm_catalog::Catalog;
 use keepwarm_core::registry::{Change, Entry, Member, ReplicaSet, Response};
 use keepwarm_core::replica::{Content, CopyFailed, CopyId, Envelope, Message};
-use keepwarm_core::session::{BlockRef, Manifest, TranscriptDelta};
+use keepwarm_core::session::{BlockRef, TranscriptDelta};
 use keepwarm_memory::Block;
 use keepwarm_types::{Bytes, ShardId, Tokens};
 use ractor::ActorRef;
@@ -35,16 +35,12 @@ pub(super) fn send(handle: &Handle, envelope: Envelope) {
 }
 
 /// Completes a session with its transcript, and sends it.
-pub(super) fn send_whole(
-    handle: &Handle,
-    catalog: &Catalog,
-    mut envelope: Envelope,
-    candidates: Vec<Arc<Manifest>>,
-) {
+pub(super) fn send_whole(handle: &Handle, catalog: &Catalog, mut envelope: Envelope) {
     let Some(cluster) = handle.cluster_link() else { return };
     let (cluster, catalog) = (Arc::clone(cluster), catalog.clone());
     tokio::task::spawn_blocking(move || {
         let Message::Install(install) = &mut envelope.message else { return };
+        let Content::Live(manifest, content) = &mut install.content else { return };
         let (stamp, transcript) = match catalog.whole(&install.key) {
             Ok(Some(whole)) => whole,
             Ok(None) => return,
@@ -53,15 +49,16 @@ pub(super) fn send_whole(
                 return;
             }
         };
-        // Another change has come meanwhile: the core asks for that one.
-        let Some(manifest) = candidates.into_iter().find(|manifest| manifest.stamp == stamp) else { return };
-        let whole = TranscriptDelta {
+        // It is not there yet, or another one since: the core asks again.
+        if manifest.stamp != stamp {
+            return;
+        }
+        *content = TranscriptDelta {
             keep_tokens: Tokens::ZERO,
             keep_messages: 0,
             tokens: transcript.tokens,
             messages: transcript.messages,
         };
-        install.content = Content::Live(manifest, whole);
         cluster.say(envelope);
     });
 }

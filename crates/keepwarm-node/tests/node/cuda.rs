@@ -2,6 +2,7 @@
 //! devices of its own, since some do not recover.
 
 use keepwarm_config::DeviceKind;
+use keepwarm_core::session::{Fp8, Number};
 use keepwarm_test_devices::softcuda;
 
 use super::faults::{fault_under_load, run};
@@ -69,6 +70,32 @@ async fn an_error_of_a_copy_to_another_gpu_under_load() {
 async fn a_device_that_hangs_past_the_watchdog_under_load() {
     fences(10, "hang", "it hangs").await;
     softcuda().order("resume device=10").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_form_that_no_gpu_can_make_is_refused_at_once() {
+    softcuda();
+    for device in [20, 21] {
+        softcuda().order(&format!("cuModuleLoadData fail 218 device={device}")).unwrap();
+    }
+    let node = start_on(20).await;
+    let handle = node.handle();
+    let cold = |cold| CreateRequest {
+        id: None,
+        layout: Arc::new(layout(Order::Plane).with_cold(cold).unwrap()),
+        protect: Protect::For(Millis(60_000)),
+        ttl: None,
+        labels: Labels::new(),
+        near: None,
+    };
+    let error = handle.create(&tenant(), cold(Some(Fp8 { from: Number::F16 }))).await.unwrap_err();
+    let Error::InvalidField { field, reason } = &error else { panic!("{error}") };
+    assert!(field == "layout" && reason.contains("leave `cold` out"), "{error}");
+    let (made, _) = handle.create(&tenant(), cold(None)).await.unwrap();
+    let key = made.manifest.key.clone();
+    append(&handle, &key, 0, &pattern(3, 32)).await.unwrap();
+    assert_eq!(run(&handle, &key, Some(GpuIndex(0)), &pattern(3, 32)).await.unwrap(), GpuIndex(0));
+    node.shutdown(DEADLINE).await;
 }
 
 //= GUARANTEES.md#G5

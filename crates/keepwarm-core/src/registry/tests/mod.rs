@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{
     Change, Entry, Member, NodeStatus, Refused, Registration, Registry, RegistrySettings, Response, copysets,
-    leaver, plan,
+    leavers, plan,
 };
 
 fn name(n: u16) -> NodeName {
@@ -52,11 +52,12 @@ fn cluster(nodes: u16, shards: u64, replication: usize) -> Registry {
 
 /// What primaries propose whose sessions have all their copies where they shall stay.
 fn by_primaries(registry: &Registry, slow: &[Member]) -> Vec<Entry> {
+    let leaving: BTreeMap<_, _> = leavers(registry, registry.shards(), slow).into_iter().collect();
     let proposed = |shard| {
         let set = registry.set(shard)?;
-        let change = match (&set.learner, leaver(registry, shard, slow)) {
+        let change = match (&set.learner, leaving.get(&shard)) {
             (Some(_), _) => Change::Promote,
-            (None, Some(member)) => Change::Remove { node: member.node, observers: Vec::new() },
+            (None, Some(member)) => Change::Remove { node: member.node.clone(), observers: Vec::new() },
             (None, None) => return None,
         };
         Some(Entry::Change { shard, generation: set.generation, change })

@@ -62,7 +62,7 @@ fn a_parent_stays_as_it_is_until_its_fork_is_in_every_catalog() {
     let forked = answer(&mut net, 0, &parent, fork());
     assert!(matches!(forked, Some(Err(Refusal::OutcomeUnknown))), "others have it: {forked:?}");
     assert_eq!(net.replicas[0].head(&parent), before);
-    // Neither a write nor its time to live changes it now.
+    // Nobody changes it now.
     let refused = answer(&mut net, 0, &parent, Verb::Delete);
     assert!(matches!(refused, Some(Err(Refusal::Unavailable(_)))), "{refused:?}");
     let read = answer(&mut net, 0, &parent, Verb::Get);

@@ -101,6 +101,22 @@ fn new_bytes_do_not_go_to_who_is_to_leave() {
 
 //= GUARANTEES.md#G10
 #[test]
+fn a_move_that_was_under_way_does_not_end_at_who_is_to_leave() {
+    let (mut net, key) = four();
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Evict(key.clone(), Birth::from_random(7)));
+    let [ReplicaCommand::Copy { id, to, spare: true, .. }] = &commands[..] else { panic!("{commands:?}") };
+    assert_eq!(*to, member(3));
+    let commands = leaves(&mut net, 1, 3);
+    net.run(0, commands);
+    assert_eq!(net.proposed, [removes(3)]);
+    let commands = net.replicas[0].on(NOW, ReplicaEvent::Copied(*id, Ok(())));
+    net.run(0, commands);
+    assert_eq!(holders(&net, &key), [member(1), member(2)]);
+    assert_eq!(net.stayed, [(0, key)]);
+}
+
+//= GUARANTEES.md#G10
+#[test]
 fn nobody_leaves_a_set_that_is_as_large_as_replication() {
     let mut net = Net::new(2);
     net.adopt(&set(1, &[1, 2], None));

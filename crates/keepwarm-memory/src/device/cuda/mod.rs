@@ -248,6 +248,10 @@ impl Device for CudaDevice {
         self.enqueue(direction, jobs, Work::Scatter)
     }
 
+    fn quantises(&self) -> bool {
+        self.side.kernels.is_some()
+    }
+
     fn quantise(&self, direction: Direction, jobs: Vec<QuantiseJob>) -> Result<Transfer, TransferError> {
         self.needs_kernels(jobs, |job| job.target).and_then(|jobs| {
             let steps = jobs.into_iter().map(|job| Quantise { job, via: None }).collect();
