@@ -75,7 +75,7 @@ async fn a_device_that_hangs_past_the_watchdog_under_load() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cold_form_that_no_gpu_can_make_is_refused_at_once() {
     // Its driver takes orders once somebody has begun to use it.
-    start_on(0).await.shutdown(DEADLINE).await;
+    start_on(2).await.shutdown(DEADLINE).await;
     for device in [0, 1] {
         softcuda().order(&format!("cuModuleLoadData fail 218 device={device}")).unwrap();
     }
