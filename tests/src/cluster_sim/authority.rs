@@ -48,13 +48,13 @@ impl World {
         self.registry.validate();
         let line = format!("registry: {entry:?}: {:?}", applied.response);
         self.say(|| line.chars().take(200).collect());
+        // Whoever leaves by a plan leaves no copy behind that is missed.
+        let planned = matches!(
+            entry,
+            Entry::Change { change: Change::Remove { observers, .. }, .. } if observers.is_empty()
+        );
         for shard in &applied.shards {
             let set = self.registry.set(*shard).expect("it has changed");
-            // Whoever leaves by a plan leaves no copy behind that is missed.
-            let planned = matches!(
-                entry,
-                Entry::Change { change: Change::Remove { observers, .. }, .. } if observers.is_empty()
-            );
             for old in before[shard.0 as usize].iter().flat_map(|set| &set.replicas) {
                 if !set.replicas.contains(old) && !planned {
                     self.promises.gone(old.clone());

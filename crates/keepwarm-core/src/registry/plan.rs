@@ -1,9 +1,9 @@
 //! What the leader proposes next, so that each shard has its replicas and each node its share.
 //!
 //! It never promotes a learner: only the shard's primary knows when that has everything. And it takes nobody out of a
-//! set: who leaves next follows from the registry, and whom the primary finds slow ([`leavers`]), but only the primary knows when no session counts on that
-//! member's copy any more, and proposes it then. Only for a primary of a version before that the plan does it, where as
-//! many replicas stay as were promised.
+//! set: who leaves next follows from the registry and from whom the primary finds slow ([`leavers`]), but only the primary
+//! knows when no session counts on that member's copy any more, and proposes it then. Only for a primary of a version that
+//! does not the plan removes members itself, where as many replicas stay as were promised.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -37,8 +37,7 @@ struct Storing<'a> {
     draining: bool,
     leads: bool,
     learns: bool,
-    slow: bool,
-    /// To whom, where it is slow.
+    /// To whom it is slow, if it is.
     slow_to: Option<&'a BTreeSet<NodeName>>,
     /// Whether its primaries propose who leaves.
     parts: bool,
@@ -48,6 +47,10 @@ struct Storing<'a> {
 }
 
 impl Storing<'_> {
+    const fn is_slow(&self) -> bool {
+        self.slow_to.is_some()
+    }
+
     /// Whether it can begin to copy one shard more.
     const fn takes_more(&self) -> bool {
         !self.draining && self.learns && self.learning < LEARNERS_MAX
@@ -149,7 +152,7 @@ fn share(
         if nodes[&from].replicas <= bar {
             continue;
         }
-        let Some(to) = best_learner(set, nodes).filter(|place| !nodes[place].slow) else { continue };
+        let Some(to) = best_learner(set, nodes).filter(|place| !nodes[place].is_slow()) else { continue };
         if nodes[&from].replicas <= SHARE_RATIO * (nodes[&to].replicas + 1) {
             continue;
         }
@@ -168,7 +171,7 @@ fn share(
 
 /// The fewest replicas of a node that could take more.
 fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
-    let takes = nodes.values().filter(|node| node.takes_more() && !node.slow);
+    let takes = nodes.values().filter(|node| node.takes_more() && !node.is_slow());
     takes.map(|node| node.replicas).min()
 }
 
@@ -180,10 +183,9 @@ fn storing<'r>(registry: &'r Registry, conditions: &'r Conditions) -> HashMap<Pl
             let draining = node.status == NodeStatus::Draining;
             let (name, zone) = (&node.registration.node, node.registration.zone.as_str());
             let slow_to = conditions.slow.get(name);
-            let slow = slow_to.is_some();
             let parts = !conditions.not_parting.contains(name);
             // Whoever waits for its copies would wait for its own, too.
-            let leads = !slow && !conditions.not_leading.contains(name);
+            let leads = slow_to.is_none() && !conditions.not_leading.contains(name);
             let learns = !conditions.not_learning.contains(name);
             let (replicas, primaries, learning) = (0, 0, 0);
             (
@@ -195,7 +197,6 @@ fn storing<'r>(registry: &'r Registry, conditions: &'r Conditions) -> HashMap<Pl
                     draining,
                     leads,
                     learns,
-                    slow,
                     slow_to,
                     parts,
                     replicas,
@@ -250,7 +251,7 @@ fn next(
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
-    let slow = nodes.get(&primary).is_some_and(|node| node.slow);
+    let slow = nodes.get(&primary).is_some_and(|node| node.is_slow());
     if (slow || cut_off(primary, set, apart))
         && let Some(change) = better_primary(set, primary, nodes, apart, false)
     {
@@ -263,7 +264,7 @@ fn next(
     }
     let stays = |place: &Place| nodes.get(place).is_some_and(|node| !node.draining);
     let staying = set.members().filter(stays).count();
-    let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.slow);
+    let is_slow = |place: Place| nodes.get(&place).is_some_and(|node| node.is_slow());
     // In first, then out: a slow copy is better than none.
     let dawdles = set.len() == size && set.members().any(|place| slow_to(place, set, nodes));
     if staying < size || dawdles && best_learner(set, nodes).is_some_and(|place| !is_slow(place)) {
@@ -329,7 +330,7 @@ fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place>
     nodes
         .values()
         .filter(free)
-        .min_by_key(|node| (node.slow, zones.contains(&node.zone), node.replicas, node.place))
+        .min_by_key(|node| (node.is_slow(), zones.contains(&node.zone), node.replicas, node.place))
         .map(|node| node.place)
 }
 

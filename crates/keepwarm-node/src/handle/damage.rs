@@ -15,7 +15,7 @@ use crate::write::block_ref;
 /// Why a session's bytes did not come to a GPU.
 pub(super) struct NotLoaded {
     pub(super) error: Error,
-    /// This node's copy was damaged, and another holder's takes its place: another attempt finds that one.
+    /// This node's copy was damaged, and there is one: another attempt finds another holder's, or what was repaired.
     pub(super) replaced: bool,
 }
 

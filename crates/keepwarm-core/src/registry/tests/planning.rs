@@ -1,10 +1,13 @@
 //! What the leader proposes next, and what it must not.
 
+use std::collections::BTreeSet;
+
 use keepwarm_types::{ShardCount, ShardId, Timestamp};
 
 use super::{cluster, down, name, primaries, register, settle};
 use crate::registry::{
-    ASSIGN_MAX, Change, Conditions, Entry, NodeStatus, Registry, RegistrySettings, Response, plan, plan_under,
+    ASSIGN_MAX, Change, Conditions, Entry, Member, NodeStatus, Registry, RegistrySettings, Response, leavers,
+    plan, plan_under,
 };
 
 fn changes(registry: &Registry, expected: usize) -> Vec<Change> {
@@ -61,6 +64,56 @@ fn a_node_that_can_run_nothing_leads_no_first_set_either() {
             matches!(&entry, Entry::Change { change: Change::MakePrimary(to), .. } if *to != name(2));
         assert!(to_another, "the others are given equal shares, and that is all: {entry:?}");
     }
+}
+
+#[test]
+fn for_a_primary_of_a_version_before_the_plan_says_who_leaves_and_its_own_word_on_who_is_slow_counts() {
+    let mut registry = cluster(4, 16, 2);
+    for shard in registry.shards() {
+        let has = |n: u16, registry: &Registry| {
+            registry.set(shard).unwrap().replicas.iter().any(|member| member.node == name(n))
+        };
+        let missing = (1..=4).find(|n| !has(*n, &registry)).unwrap();
+        for change in [Change::AddLearner(name(missing)), Change::Promote] {
+            let generation = registry.set(shard).unwrap().generation;
+            let applied = registry.apply(&Entry::Change { shard, generation, change });
+            assert_eq!(applied.response, Response::Done);
+        }
+    }
+    // 2 is slow to 3 and to 4; 1 and 3 run the version before.
+    let conditions = Conditions {
+        slow: [(name(2), [name(3), name(4)].into())].into(),
+        not_parting: [name(1), name(3)].into(),
+        ..Conditions::default()
+    };
+    let slow = Member { node: name(2), incarnation: registry.node(&name(2)).unwrap().incarnation };
+    let entries = plan_under(&registry, 4, 64, &conditions);
+    let removes = |leaver: Member| Change::Remove { node: leaver.node, observers: Vec::new() };
+    let own = |shard, slow: &[Member]| leavers(&registry, [shard], slow).pop().map(|(_, member)| member);
+    let mut seen = BTreeSet::new();
+    for shard in registry.shards() {
+        let primary = registry.primary(shard).unwrap().node;
+        let planned = entries.iter().find_map(|entry| match entry {
+            Entry::Change { shard: of, change, .. } if *of == shard => Some(change.clone()),
+            _ => None,
+        });
+        let expected = match primary.as_str() {
+            "n1" => Some(removes(own(shard, &[]).expect("one is too many"))),
+            "n3" => Some(removes(slow.clone())),
+            // It proposes that itself.
+            "n4" => {
+                assert_eq!(own(shard, std::slice::from_ref(&slow)), Some(slow.clone()));
+                None
+            }
+            _ => {
+                assert!(matches!(planned, Some(Change::MakePrimary(_))), "{shard}: {planned:?}");
+                planned.clone()
+            }
+        };
+        assert_eq!(planned, expected, "{shard} of {primary}");
+        seen.insert(primary);
+    }
+    assert_eq!(seen.len(), 4, "{seen:?}");
 }
 
 #[test]
