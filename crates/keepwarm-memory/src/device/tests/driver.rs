@@ -453,7 +453,7 @@ fn a_copy_that_is_not_waited_for_does_not_pass_for_sound() {
         Planted::plant(&bench.faults.planted.waits_for_nothing);
     }
     let source = bench.filled(5);
-    assert!(order("cuMemcpyHtoDAsync_v2 delay 100"), "this test is softcuda's");
+    assert!(order("cuMemcpyHtoDAsync_v2 delay 1000"), "this test is softcuda's");
     match copy(&bench, &[source]) {
         Ok(_) => println!("came as sound"),
         Err(TransferError { cause: DeviceError::Corrupt(_), .. }) => println!("came as corrupt"),

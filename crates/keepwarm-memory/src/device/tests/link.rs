@@ -291,7 +291,7 @@ fn a_fault_on_either_side_fences_that_side_alone() {
 
 #[test]
 fn a_source_that_hangs_does_not_hold_its_target_up() {
-    let Some(pair) = pair(Duration::from_millis(300)) else { return };
+    let Some(pair) = pair(Duration::from_secs(2)) else { return };
     let (link, sources) = (pair.link(), pair.blocks(1));
     if !order("hang device=0") {
         return;
@@ -311,7 +311,7 @@ fn a_source_that_hangs_does_not_hold_its_target_up() {
 
 #[test]
 fn a_target_that_hangs_does_not_hold_its_source_up() {
-    let Some(pair) = pair(Duration::from_millis(300)) else { return };
+    let Some(pair) = pair(Duration::from_secs(2)) else { return };
     let (link, sources) = (pair.link(), pair.blocks(1));
     if !order("hang device=1") {
         return;
@@ -361,7 +361,7 @@ fn a_copy_between_devices_that_is_not_waited_for_does_not_pass_for_sound() {
     if word == "planted" {
         Planted::plant(&pair.target.faults.planted.waits_for_nothing);
     }
-    assert!(order("cuMemcpyPeerAsync delay 100"), "this test is softcuda's");
+    assert!(order("cuMemcpyPeerAsync delay 1000"), "this test is softcuda's");
     match wait(link.copy(pair.jobs(&sources)).unwrap()) {
         Ok(_) => println!("came as sound"),
         Err(error) if matches!(error.cause, DeviceError::Corrupt(_)) => println!("came as corrupt"),

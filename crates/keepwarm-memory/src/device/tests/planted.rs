@@ -106,7 +106,7 @@ mod driver {
     use futures::executor::block_on;
     use keepwarm_types::{Birth, Bytes, Owner};
 
-    use super::super::driver::{CHILD, PATIENCE, bench_with, child_of, order};
+    use super::super::driver::{CHILD, PATIENCE, bench_with, calls, child_of, order};
     use super::super::streams::until;
     use super::super::{BLOCK, Bench};
     use super::{Planted, serves_nothing_more};
@@ -165,7 +165,7 @@ mod driver {
         }
         assert!(order("hang"), "this test is softcuda's");
         let jobs = bench.jobs(&[bench.filled(5)]);
-        let slot = jobs[0].target.place();
+        let (slot, records) = (jobs[0].target.place(), calls("cuEventRecord"));
         let first = bench.device.submit(Direction::In, jobs).unwrap();
         if planted {
             until("the slot", || bench.device.arena().figures().used == Bytes(0));
@@ -174,6 +174,8 @@ mod driver {
         let targets = bench.device.arena().allocate(&other, Bytes(BLOCK), 1).unwrap();
         assert_eq!(targets[0].place() == slot, planted, "whose slot is it");
         let second = bench.device.fill(Direction::Out, targets, 7).unwrap();
+        // Issued once the copy has been seen to end, it would come after the copy, and be no race.
+        until("the fill", || calls("cuEventRecord") == records + 2);
         assert!(order("resume"));
         let sound = [is_sound(&bench, &bench.owner, first), is_sound(&bench, &other, second)];
         println!("{}", if sound == [true; 2] { "both are sound" } else { "wrong bytes" });
