@@ -36,6 +36,8 @@ const FAULTS: u32 = 5;
 const TICK: Duration = Duration::from_millis(1);
 /// Longest virtual time until everything serves, at the start and after faults.
 const CALM_MAX: Duration = Duration::from_secs(30);
+/// And longest real time: on a busy machine, disks and devices have done little in a virtual second.
+const CALM_REAL_MAX: Duration = Duration::from_secs(30);
 /// Writes of each session that must be acknowledged until that is so.
 const PROGRESS: u64 = 3;
 /// Virtual seconds a real second: disks and devices work in real time, and must not seem to stand still.
@@ -113,8 +115,8 @@ pub fn run(options: Options) -> Result<Ran, String> {
         .min_message_latency(Duration::from_micros(100))
         .max_message_latency(Duration::from_millis(4))
         .udp_capacity(1 << 16)
-        // What ends a run is told by name before this.
-        .simulation_duration(CALM_MAX * 20)
+        // What ends a run is told by name before this: it may wait for real time at each fault.
+        .simulation_duration(CALM_REAL_MAX * SPEED * (FAULTS + 3))
         .build();
     let doors: Vec<_> = (0..NODES).map(Door::new).collect();
     for (number, door) in doors.iter().enumerate() {
@@ -192,13 +194,27 @@ impl Run<'_> {
         }
         self.goes_on("all faults")?;
         self.shared.stop.store(true, Ordering::SeqCst);
-        let begun = self.sim.elapsed();
+        let calm = self.calm();
         while !self.step()? {
-            if self.sim.elapsed() - begun > CALM_MAX {
-                return Err("the clients did not end".to_owned());
+            if self.is_too_long(calm) {
+                let last = self.last_call();
+                return Err(format!("the clients did not end; the last call: {last:?}"));
             }
         }
         Ok(())
+    }
+
+    /// The virtual and the real time now, from which on all is calm.
+    fn calm(&self) -> (Duration, Instant) {
+        (self.sim.elapsed(), Instant::now())
+    }
+
+    fn is_too_long(&self, (begun, really): (Duration, Instant)) -> bool {
+        self.sim.elapsed() - begun > CALM_MAX && really.elapsed() > CALM_REAL_MAX
+    }
+
+    fn last_call(&self) -> Option<serde_json::Value> {
+        self.shared.history.with(|records, _| records.last().map(|last| last.json()))
     }
 
     /// A step of time; whether all clients have ended.
@@ -276,7 +292,7 @@ impl Run<'_> {
 
     /// Waits until each session has some more acknowledged writes.
     fn goes_on(&mut self, after: &str) -> Result<(), String> {
-        let begun = self.sim.elapsed();
+        let calm = self.calm();
         let from = self.shared.progress.lock().unwrap().clone();
         loop {
             let now: BTreeMap<Uuid, u64> = self.shared.progress.lock().unwrap().clone();
@@ -284,8 +300,8 @@ impl Run<'_> {
             if now.len() == WRITERS && now.keys().all(|session| more(session) >= PROGRESS) {
                 return Ok(());
             }
-            if self.sim.elapsed() - begun > CALM_MAX {
-                let last = self.shared.history.with(|records, _| records.last().map(|last| last.json()));
+            if self.is_too_long(calm) {
+                let last = self.last_call();
                 let nodes: Vec<_> = self.shared.nodes.iter().map(|node| node.name().to_owned()).collect();
                 return Err(format!(
                     "{CALM_MAX:?} after {after} writes stand still at {nodes:?}: {now:?}; the last call: {last:?}"
