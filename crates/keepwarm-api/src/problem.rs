@@ -57,6 +57,7 @@ pub struct Problem {
     detail: String,
     extra: Map<String, Value>,
     retry_after_s: Option<u64>,
+    moving: bool,
 }
 
 impl Problem {
@@ -67,7 +68,7 @@ impl Problem {
     #[must_use]
     pub fn new(code: &'static str, detail: impl Into<String>) -> Self {
         assert!(CODES.iter().any(|(known, _)| *known == code), "'{code}' is not in the contract");
-        Self { code, detail: detail.into(), extra: Map::new(), retry_after_s: None }
+        Self { code, detail: detail.into(), extra: Map::new(), retry_after_s: None, moving: false }
     }
 
     /// A field of the request that cannot be.
@@ -88,6 +89,11 @@ impl Problem {
     #[must_use]
     pub const fn code(&self) -> &'static str {
         self.code
+    }
+
+    /// Whether nothing was done because the session's owner changes: the next one may do it.
+    pub(crate) const fn is_moving(&self) -> bool {
+        self.moving
     }
 
     /// What it says.
@@ -180,7 +186,7 @@ impl From<Refusal> for Problem {
             Refusal::InvalidField { field, reason } => Self::field(field, reason),
             Refusal::Overloaded { .. } => Self::new("overloaded", detail),
             Refusal::QuotaExceeded { .. } => Self::new("quota_exceeded", detail),
-            Refusal::Moving(_) => Self::new("unavailable", detail),
+            Refusal::Moving(_) => Self { moving: true, ..Self::new("unavailable", detail) },
             Refusal::Lost { .. } => Self::new("lost", detail),
             Refusal::Unavailable(_) => Self::new("unavailable", detail),
             Refusal::OutcomeUnknown => Self::new("outcome_unknown", detail),

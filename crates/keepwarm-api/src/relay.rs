@@ -3,7 +3,7 @@
 //! The owner gets the client's own HTTP request over the peer link, with the tenant that the first node found, and
 //! answers as if it had been asked itself. A request that came by relay is never relayed again. While a shard's owner
 //! changes, a request that was not sent yet waits a moment for the next one, and so does one that only reads and has no
-//! answer yet.
+//! answer yet. One that was refused because its session's owner changes, before anything was done, goes on at the next one.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -42,6 +42,9 @@ const RELAYED_MAX: usize = 1024;
 /// Bytes of an archive that surely have its id: magic, length, `{"id":"` and a UUID.
 const ARCHIVE_HEAD: usize = 11 + 7 + 36;
 
+/// Tells the node that relayed a request that it may go on at the session's next owner; clients never see it.
+const MOVING: &str = "keepwarm-moving";
+
 /// Where a request belongs.
 enum Target {
     /// To no session, or to this node whatever it is.
@@ -50,6 +53,22 @@ enum Target {
     Session(SessionId),
     /// To any node that owns shards: a session without an id. Best to this one, which is far better off than this node.
     Anywhere(Option<NodeName>),
+}
+
+/// A request's body: to be sent once, or kept to be sent again.
+enum Payload {
+    Once(Body),
+    Kept(bytes::Bytes),
+}
+
+impl Payload {
+    /// What is sent once is empty the second time.
+    fn take(&mut self) -> Body {
+        match self {
+            Self::Once(body) => std::mem::take(body),
+            Self::Kept(bytes) => Body::from(bytes.clone()),
+        }
+    }
 }
 
 /// Serves what other nodes relay, until their links end.
@@ -95,23 +114,47 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
         Ok(found) => found,
         Err(problem) => return problem.into_response(),
     };
+    let mut payload = match goes_on(&parts.method, &parts.uri) {
+        true => match collect(body, JSON_BYTES_MAX).await {
+            Ok(bytes) => Payload::Kept(bytes),
+            Err(problem) => return problem.into_response(),
+        },
+        false => Payload::Once(body),
+    };
     if was_relayed {
         let deadline = Instant::now() + BEHIND_WAIT;
         let here = until(&state.handle, &target, |place| *place == Whereabouts::Here);
         // Who never learns that it is the owner says so as the shard does.
         let _ = tokio::time::timeout_at(deadline, here).await;
-        return next.run(Request::from_parts(parts, body)).await;
+        let mut response = next.run(Request::from_parts(parts, payload.take())).await;
+        if is_moving(&response) {
+            response.headers_mut().insert(MOVING, HeaderValue::from_static("1"));
+        }
+        return response;
     }
     let mut target = target;
+    let mut went_on = false;
     if let Target::Anywhere(home) = &mut target {
         *home = state.handle.home_for_new().await;
     }
-    let deadline = Instant::now() + MOVING_WAIT;
+    let mut deadline = Instant::now() + MOVING_WAIT;
     let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
     loop {
         let changed = state.handle.map_changes();
         let reason = match place(&state.handle, &target) {
-            Whereabouts::Here => return next.run(Request::from_parts(parts, body)).await,
+            Whereabouts::Here => {
+                let request = Request::from_parts(parts.clone(), payload.take());
+                let response = next.clone().run(request).await;
+                if went_on || !is_moving(&response) || matches!(payload, Payload::Once(_)) {
+                    return response;
+                }
+                went_on = true;
+                deadline = Instant::now() + MOVING_WAIT;
+                let elsewhere = until(&state.handle, &target, |place| *place != Whereabouts::Here);
+                // Where it stays after all, it runs here.
+                let _ = tokio::time::timeout_at(deadline, elsewhere).await;
+                continue;
+            }
             Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
             Whereabouts::At(node) => {
                 let at = Whereabouts::At(node.clone());
@@ -141,11 +184,23 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
                     };
                     match opened {
                         Ok(stream) => {
-                            let request = Request::from_parts(parts, body);
+                            let request = Request::from_parts(parts.clone(), payload.take());
                             let answer = forward(&state.handle, &node, stream, request).await;
-                            return answer.unwrap_or_else(|error| {
-                                Problem::new("outcome_unknown", error).into_response()
-                            });
+                            let mut response = match answer {
+                                Ok(response) => response,
+                                Err(error) => {
+                                    return Problem::new("outcome_unknown", error).into_response();
+                                }
+                            };
+                            let moving = response.headers_mut().remove(MOVING).is_some();
+                            if went_on || !moving || matches!(payload, Payload::Once(_)) {
+                                return response;
+                            }
+                            went_on = true;
+                            deadline = Instant::now() + MOVING_WAIT;
+                            let elsewhere = until(&state.handle, &target, |place| *place != at);
+                            let _ = tokio::time::timeout_at(deadline, elsewhere).await;
+                            continue;
                         }
                         // Any other node will do.
                         Err(_) if matches!(target, Target::Anywhere(Some(_))) => {
@@ -166,6 +221,22 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
             .into_response();
         }
     }
+}
+
+/// Whether a request goes on at its session's next owner: one that runs a session, which is what owners change for. Their bodies
+/// are documents of [`JSON_BYTES_MAX`] at most.
+fn goes_on(method: &Method, uri: &Uri) -> bool {
+    let runs = |path: &str| {
+        let verb = path.strip_prefix("/v1/sessions/").and_then(|path| path.split_once('/'));
+        let turn = matches!(path, "/v1/chat/completions" | "/v1/completions");
+        turn || verb.is_some_and(|(_, verb)| matches!(verb, "activate" | "migrate"))
+    };
+    method == Method::POST && runs(uri.path())
+}
+
+/// Whether an answer says that nothing was done, for the session's owner changes.
+fn is_moving(response: &Response) -> bool {
+    response.extensions().get::<Problem>().is_some_and(Problem::is_moving)
 }
 
 /// Where a target is now.

@@ -33,6 +33,7 @@ mod read;
 mod room;
 mod router;
 mod shard;
+mod uploads;
 mod write;
 
 pub use admission::{CLIENT_PERMITS, RESTORE_PERMITS};

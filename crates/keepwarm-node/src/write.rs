@@ -14,6 +14,7 @@ use crate::cold;
 use crate::error::Error;
 use crate::handle::{BodyDigest, Handle, WriteDone, WriteRequest};
 use crate::pinned::Pool;
+use crate::uploads::Upload;
 
 /// Longest body of one write: 16 GiB, a session of a million tokens of a large model in one part.
 pub const BODY_BYTES_MAX: Bytes = Bytes(16 << 30);
@@ -47,6 +48,7 @@ pub struct WriteSink {
     merge: Option<Merge>,
     sealed: Vec<Block>,
     digest: Hasher,
+    _upload: Upload,
 }
 
 impl std::fmt::Debug for WriteSink {
@@ -95,6 +97,7 @@ impl WriteSink {
             body: request.body,
             txn: request.txn,
         };
+        let upload = handle.inner().uploads.begin(handle.links().count.shard_of(key.id));
         let answered = handle.ask(key, Verb::PlanWrite(plan), Vec::new(), None).await?;
         let Answer::Plan(plan) = *answered.answer else {
             return Err(Error::Internal("not a plan".to_owned()));
@@ -125,6 +128,7 @@ impl WriteSink {
             merge: None,
             sealed: Vec::new(),
             digest,
+            _upload: upload,
         };
         sink.begin(answered.blocks).await?;
         Ok(WriteStart::Sink(Box::new(sink)))

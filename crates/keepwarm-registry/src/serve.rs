@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use keepwarm_core::registry::{Delta, Fitness, HealthReport, Member};
-use keepwarm_types::{Incarnation, NodeName};
+use keepwarm_core::registry::{CEDED_MAX, Delta, Fitness, HealthReport, Member};
+use keepwarm_types::{Incarnation, NodeName, ShardId};
 use openraft::Snapshot;
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, VoteRequest};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::codec::domain::RawDelta;
-use crate::codec::{BadBytes, name};
+use crate::codec::{BadBytes, bad, name};
 use crate::propose::{ENTRY_BYTES_MAX, Tried};
 use crate::raft_types::Raft;
 use crate::shared::Shared;
@@ -84,12 +84,17 @@ impl Shared {
                 other => failed(other),
             },
             Request::Report(report) => self.reported(from, report.try_into()?),
-            Request::Standing { report, leads, learns, slow } => {
+            Request::Standing { report, leads, learns, slow, ceded } => {
                 let member = |(node, incarnation): (String, u64)| {
                     Ok::<_, BadBytes>(Member { node: name(&node)?, incarnation: Incarnation(incarnation) })
                 };
                 let slow = slow.into_iter().map(member).collect::<Result<_, _>>()?;
-                let report = HealthReport { fitness: Fitness { leads, learns }, slow, ..report.try_into()? };
+                if ceded.len() > CEDED_MAX {
+                    return Err(bad(format!("{} ceded shards; {CEDED_MAX} are the most", ceded.len())));
+                }
+                let ceded = ceded.into_iter().map(ShardId).collect();
+                let fitness = Fitness { leads, learns };
+                let report = HealthReport { fitness, slow, ceded, ..report.try_into()? };
                 self.reported(from, report)
             }
             Request::Follow { since, wait_ms } => {

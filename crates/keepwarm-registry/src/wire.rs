@@ -6,7 +6,7 @@
 //! A version that this node does not read, or another cluster, is refused by name, never guessed at.
 
 use bytes::Bytes;
-use keepwarm_core::registry::HealthReport;
+use keepwarm_core::registry::{Fitness, HealthReport};
 use keepwarm_wire::{Version, Versions};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -62,12 +62,13 @@ pub(crate) enum Request {
         node: String,
         disk: u128,
     },
-    /// The same as a report, with what the reporter can do, and who is slow. From version 2 on.
+    /// The same as a report, with what the reporter can do, who is slow, and which shards it has ceded. From version 2 on.
     Standing {
         report: RawReport,
         leads: bool,
         learns: bool,
         slow: Vec<(String, u64)>,
+        ceded: Vec<u32>,
     },
 }
 
@@ -80,7 +81,9 @@ impl Request {
             return Self::Report(raw);
         }
         let slow = report.slow.iter().map(|member| (member.node.to_string(), member.incarnation.0)).collect();
-        Self::Standing { report: raw, leads: report.fitness.leads, learns: report.fitness.learns, slow }
+        let ceded = report.ceded.iter().map(|shard| shard.0).collect();
+        let Fitness { leads, learns } = report.fitness;
+        Self::Standing { report: raw, leads, learns, slow, ceded }
     }
 }
 

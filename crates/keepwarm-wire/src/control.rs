@@ -1,7 +1,7 @@
 //! Small frames that nodes send each other beside replication.
 
 use bytes::Bytes;
-use keepwarm_core::placement::NodeLoad;
+use keepwarm_core::placement::{Hbm, NodeLoad};
 use keepwarm_types::{Bytes as ByteCount, TenantName};
 use rkyv::{Archive, Serialize};
 
@@ -83,6 +83,8 @@ struct WireLoad {
     queue: u32,
     used: u64,
     capacity: u64,
+    hbm: (u64, u64),
+    with_kernels: (u64, u64),
 }
 
 impl LoadAnswer {
@@ -101,8 +103,10 @@ impl LoadAnswer {
     /// [`EncodeError::Unsayable`] for a peer of version 1.
     pub fn encode(&self, version: Version) -> Result<Frame, EncodeError> {
         since_two(version)?;
-        let NodeLoad { runs, queue, used, capacity } = self.0;
-        let wire = WireLoad { runs, queue, used: used.0, capacity: capacity.0 };
+        let NodeLoad { runs, queue, used, capacity, hbm, with_kernels } = self.0;
+        let pair = |hbm: Hbm| (hbm.largest.0, hbm.room.0);
+        let (hbm, with_kernels) = (pair(hbm), pair(with_kernels));
+        let wire = WireLoad { runs, queue, used: used.0, capacity: capacity.0, hbm, with_kernels };
         seal(version, kinds::LOAD, "load", &wire, 64, CONTROL_BYTES_MAX)
     }
 
@@ -113,11 +117,22 @@ impl LoadAnswer {
     pub fn decode(frame: &Frame) -> Result<Self, DecodeError> {
         let opened = Opened::new(frame, kinds::LOAD, "load", CONTROL_BYTES_MAX)?;
         let wire = opened.root::<ArchivedWireLoad>()?;
+        let bytes = |what, value: rkyv::rend::u64_le| {
+            Ok::<_, DecodeError>(ByteCount(counter(what, value.to_native())?))
+        };
+        let hbm = |pair: &rkyv::tuple::ArchivedTuple2<rkyv::rend::u64_le, rkyv::rend::u64_le>| {
+            Ok::<_, DecodeError>(Hbm {
+                largest: bytes("load.largest", pair.0)?,
+                room: bytes("load.room", pair.1)?,
+            })
+        };
         Ok(Self(NodeLoad {
             runs: wire.runs,
             queue: index("load.queue", wire.queue.to_native())?,
             used: ByteCount(counter("load.used", wire.used.to_native())?),
             capacity: ByteCount(counter("load.capacity", wire.capacity.to_native())?),
+            hbm: hbm(&wire.hbm)?,
+            with_kernels: hbm(&wire.with_kernels)?,
         }))
     }
 }

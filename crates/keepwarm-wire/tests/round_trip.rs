@@ -5,7 +5,7 @@ mod arbitrary;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use keepwarm_core::placement::NodeLoad;
+use keepwarm_core::placement::{Hbm, NodeLoad};
 use keepwarm_core::replica::{Content, Envelope, Message};
 use keepwarm_core::session::{BLOCK_BYTES_MAX, Layout, Manifest};
 use keepwarm_core::shard::Record;
@@ -113,7 +113,14 @@ proptest! {
 
 #[test]
 fn how_a_node_is_can_be_asked_and_said_from_version_2_on() {
-    let load = NodeLoad { runs: true, queue: 3, used: ByteCount(5), capacity: ByteCount(1 << 40) };
+    let load = NodeLoad {
+        runs: true,
+        queue: 3,
+        used: ByteCount(5),
+        capacity: ByteCount(1 << 40),
+        hbm: Hbm { largest: ByteCount(80 << 30), room: ByteCount(7) },
+        with_kernels: Hbm { largest: ByteCount(40 << 30), room: ByteCount(0) },
+    };
     for version in arbitrary::versions() {
         let what = "how a node is";
         let older = Err(EncodeError::Unsayable { what, version, since: 2 });

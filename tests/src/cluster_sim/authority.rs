@@ -20,13 +20,22 @@ const PLAN_MS: u64 = 90;
 /// How long a process waits for its registration before it asks again.
 const REGISTER_AGAIN_MS: u64 = 300;
 
+/// The generation that a change of a shard's set is of.
+const fn generation_of(entry: &Entry) -> Generation {
+    match entry {
+        Entry::Change { generation, .. } => *generation,
+        _ => Generation(0),
+    }
+}
+
 impl World {
     /// Gives an entry to the registry; it may get lost, and so may its answer.
     pub fn propose(&mut self, entry: Entry, proposer: Option<Proposer>) {
+        let generation = generation_of(&entry);
         let cut = proposer.is_some_and(|proposer| self.astray.contains(&proposer.node));
         if self.stalled || cut || self.chance(self.shape.loss) {
             if let Some(proposer) = proposer {
-                self.refused(proposer, 300);
+                self.refused(proposer, generation, 300);
             }
             return;
         }
@@ -35,9 +44,9 @@ impl World {
     }
 
     /// Its proposer is told that it did not work, or that nobody knows.
-    fn refused(&mut self, proposer: Proposer, wait: u64) {
+    fn refused(&mut self, proposer: Proposer, generation: Generation, wait: u64) {
         let Proposer { node, life, shard: Some(shard) } = proposer else { return };
-        let what = Local::Event(shard, ReplicaEvent::ProposalFailed);
+        let what = Local::Event(shard, ReplicaEvent::ProposalFailed(generation));
         self.after(wait, Happening::At { node, life, what });
     }
 
@@ -77,8 +86,8 @@ impl World {
                     let what = Local::Registered(incarnation);
                     self.after(wait, Happening::At { node, life, what });
                 }
-                Response::Refused(_) => self.refused(proposer, 5),
-                _ if lost => self.refused(proposer, 300),
+                Response::Refused(_) => self.refused(proposer, generation_of(entry), 5),
+                _ if lost => self.refused(proposer, generation_of(entry), 300),
                 Response::Done | Response::Registered(_) => {}
             }
         }

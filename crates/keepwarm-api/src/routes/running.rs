@@ -39,6 +39,7 @@ pub(crate) async fn activate(
         node: node_name(body.node)?,
         gpu: body.gpu.map(GpuIndex),
         ttl: body.ttl_ms.map(Millis),
+        only_here: false,
     };
     let activated = state.handle.activate(&session.key, request).await?;
     Ok(owned(&state, Answer(activation(&activated)).into_response()))

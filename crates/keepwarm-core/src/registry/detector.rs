@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use keepwarm_types::{Incarnation, Millis, NodeName, Timestamp};
+use keepwarm_types::{Incarnation, Millis, NodeName, ShardId, Timestamp};
 
 use super::entry::Entry;
 use super::state::{Member, NodeStatus, Registry};
@@ -50,7 +50,28 @@ pub struct HealthReport {
     pub slow: Vec<Member>,
     /// What the reporter can do.
     pub fitness: Fitness,
+    /// Shards that it has given to another replica, where their sessions have room: at most [`CEDED_MAX`]. They are not given
+    /// back for the sake of equal shares.
+    pub ceded: Vec<ShardId>,
 }
+
+impl HealthReport {
+    /// Of a process that hears everybody, and that nothing is wrong with.
+    #[must_use]
+    pub const fn well(from: NodeName, from_incarnation: Incarnation) -> Self {
+        Self {
+            from,
+            from_incarnation,
+            unheard: Vec::new(),
+            slow: Vec::new(),
+            fitness: Fitness::WELL,
+            ceded: Vec::new(),
+        }
+    }
+}
+
+/// Shards that one node has ceded: 1 KiB of each report.
+pub const CEDED_MAX: usize = 256;
 
 /// What the leader's plan has to go around.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,6 +86,8 @@ pub struct Conditions {
     /// Who is much slower than others, and to whom: as many as it takes to declare a failure. It is replaced in the sets
     /// that one of these leads, where another node can take its place.
     pub slow: BTreeMap<NodeName, BTreeSet<NodeName>>,
+    /// Who has ceded a shard: it is not given back for the sake of equal shares.
+    pub ceded: BTreeMap<ShardId, BTreeSet<NodeName>>,
     /// Who runs a version whose primaries do not propose who leaves: the plan does it for them.
     pub not_parting: BTreeSet<NodeName>,
 }
@@ -182,6 +205,12 @@ impl Detector {
             let reports = self.reports.values().map(|(_, report)| report);
             reports.filter(|report| unfit(&report.fitness)).map(|report| report.from.clone()).collect()
         };
+        let mut ceded: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        for (_, report) in self.reports.values() {
+            for shard in &report.ceded {
+                ceded.entry(*shard).or_default().insert(report.from.clone());
+            }
+        }
         Conditions {
             apart: self.isolated.iter().map(pair).collect(),
             not_leading: who(|fitness| !fitness.leads),
@@ -191,6 +220,7 @@ impl Detector {
                 .iter()
                 .map(|(member, to)| (member.node.clone(), to.iter().cloned().collect()))
                 .collect(),
+            ceded,
             not_parting: BTreeSet::new(),
         }
     }

@@ -29,7 +29,7 @@ mod state;
 pub use copyset::copysets;
 pub use delta::{Delta, DeltaError, SetState};
 pub use detector::{
-    Conditions, Detector, DetectorEvent, DetectorSettings, Finding, Fitness, HealthReport, Unheard,
+    CEDED_MAX, Conditions, Detector, DetectorEvent, DetectorSettings, Finding, Fitness, HealthReport, Unheard,
 };
 pub use entry::{Applied, Change, Entry, Refused, Registration, Response};
 pub use pace::Pace;

@@ -26,8 +26,39 @@ const PRIMARIES_SLACK: usize = 1;
 /// than equal shares.
 const SHARE_RATIO: usize = 2;
 
-/// Who does not hear whom.
-type Apart = HashSet<(Place, Place)>;
+/// What the plan goes around in single sets.
+struct Around {
+    /// Who does not hear whom.
+    apart: HashSet<(Place, Place)>,
+    /// Who has ceded a shard.
+    ceded: HashMap<ShardId, Vec<Place>>,
+}
+
+impl Around {
+    fn new(registry: &Registry, conditions: &Conditions) -> Self {
+        let place = |name: &NodeName| registry.place(name);
+        let pair = |(from, to): &(NodeName, NodeName)| Some((place(from)?, place(to)?));
+        let apart = conditions.apart.iter().filter_map(pair).collect();
+        let ceded = conditions.ceded.iter();
+        let ceded = ceded.map(|(shard, by)| (*shard, by.iter().filter_map(place).collect())).collect();
+        Self { apart, ceded }
+    }
+
+    /// Who has ceded a shard.
+    fn ceded(&self, shard: ShardId) -> &[Place] {
+        self.ceded.get(&shard).map_or(&[], Vec::as_slice)
+    }
+
+    fn has_ceded(&self, node: Place, shard: ShardId) -> bool {
+        self.ceded(shard).contains(&node)
+    }
+
+    /// Whether a node alone does not hear another one of the set.
+    fn cut_off(&self, node: Place, set: &Set) -> bool {
+        let mut others = set.members().chain(set.learner());
+        !self.apart.is_empty() && others.any(|other| self.apart.contains(&(node, other)))
+    }
+}
 
 #[derive(Clone)]
 struct Storing<'a> {
@@ -68,9 +99,8 @@ pub fn plan(registry: &Registry, expected: usize, limit: usize) -> Vec<Entry> {
 /// As [`plan`], around what cannot be now.
 #[must_use]
 pub fn plan_under(registry: &Registry, expected: usize, limit: usize, conditions: &Conditions) -> Vec<Entry> {
-    let place = |(from, to): &(NodeName, NodeName)| Some((registry.place(from)?, registry.place(to)?));
-    let apart: Apart = conditions.apart.iter().filter_map(place).collect();
-    let mut nodes = storing(registry, conditions);
+    let around = Around::new(registry, conditions);
+    let mut nodes = storing(registry, conditions, &around);
     let able = nodes.values().filter(|node| !node.draining).count();
     let wanted = registry.settings.replication + 1;
     let size = wanted.min(able);
@@ -89,7 +119,7 @@ pub fn plan_under(registry: &Registry, expected: usize, limit: usize, conditions
             break;
         }
         let leaver = leaver_of(set, &counted, size, registry.settings.replication);
-        if let Some(change) = next(set, &mut nodes, size, leaver, &apart) {
+        if let Some(change) = next(shard, set, &mut nodes, size, leaver, &around) {
             entries.push(Entry::Change { shard, generation: set.generation, change });
         }
     }
@@ -119,7 +149,7 @@ pub fn leavers(
         shards.iter().filter_map(|shard| registry.primary(*shard)).map(|member| member.node).collect();
     let slow = slow.iter().map(|member| (member.node.clone(), primaries.clone())).collect();
     let conditions = Conditions { slow, ..Conditions::default() };
-    let nodes = storing(registry, &conditions);
+    let nodes = storing(registry, &conditions, &Around::new(registry, &conditions));
     let able = nodes.values().filter(|node| !node.draining).count();
     let size = (settings.replication + 1).min(able);
     let leaver = |shard: ShardId| {
@@ -175,7 +205,11 @@ fn least_of(nodes: &HashMap<Place, Storing<'_>>) -> Option<usize> {
     takes.map(|node| node.replicas).min()
 }
 
-fn storing<'r>(registry: &'r Registry, conditions: &'r Conditions) -> HashMap<Place, Storing<'r>> {
+fn storing<'r>(
+    registry: &'r Registry,
+    conditions: &'r Conditions,
+    around: &Around,
+) -> HashMap<Place, Storing<'r>> {
     let mut nodes: HashMap<Place, Storing<'_>> = (0..)
         .zip(&registry.nodes)
         .filter(|(_, node)| node.status != NodeStatus::Down && node.registration.stores)
@@ -206,12 +240,19 @@ fn storing<'r>(registry: &'r Registry, conditions: &'r Conditions) -> HashMap<Pl
             )
         })
         .collect();
-    for (_, set) in registry.sets.iter() {
-        for (at, place) in set.members().enumerate() {
+    for (shard, set) in registry.sets.iter() {
+        for place in set.members() {
             if let Some(node) = nodes.get_mut(&place) {
                 node.replicas += 1;
-                node.primaries += usize::from(at == 0);
             }
+        }
+        // What was ceded counts as who ceded it, so that no other shard moves in its place.
+        let led = set.primary().map(|primary| {
+            let mut ceded = around.ceded(shard).iter().copied();
+            ceded.find(|from| set.has(*from)).unwrap_or(primary)
+        });
+        if let Some(node) = led.and_then(|place| nodes.get_mut(&place)) {
+            node.primaries += 1;
         }
         if let Some(node) = set.learner().and_then(|place| nodes.get_mut(&place)) {
             node.replicas += 1;
@@ -243,17 +284,18 @@ fn first_sets(nodes: &HashMap<Place, Storing<'_>>, shards: &[ShardId], size: usi
 
 /// What one shard needs next, if anything.
 fn next(
+    shard: ShardId,
     set: &Set,
     nodes: &mut HashMap<Place, Storing<'_>>,
     size: usize,
     leaver: Option<Place>,
-    apart: &Apart,
+    around: &Around,
 ) -> Option<Change> {
     // Nobody is there to copy from: the shard waits.
     let primary = set.primary().filter(|place| nodes.contains_key(place))?;
     let slow = nodes.get(&primary).is_some_and(|node| node.is_slow());
-    if (slow || cut_off(primary, set, apart))
-        && let Some(change) = better_primary(set, primary, nodes, apart, false)
+    if (slow || around.cut_off(primary, set))
+        && let Some(change) = better_primary(shard, set, primary, nodes, around, false)
     {
         return Some(change);
     }
@@ -275,7 +317,7 @@ fn next(
         }
     } else if let Some(leaver) = leaver {
         if leaver == primary {
-            return better_primary(set, primary, nodes, apart, true);
+            return better_primary(shard, set, primary, nodes, around, true);
         }
         let node = nodes.get_mut(&leaver)?;
         node.replicas -= 1;
@@ -284,7 +326,7 @@ fn next(
         let old = nodes.get(&primary).is_some_and(|node| !node.parts);
         return old.then_some(Change::Remove { node: name, observers: Vec::new() });
     }
-    better_primary(set, primary, nodes, apart, false)
+    better_primary(shard, set, primary, nodes, around, false)
 }
 
 /// Enough without them: who is being emptied, or is one too many, leaves. As many as promised stay.
@@ -334,36 +376,34 @@ fn best_learner(set: &Set, nodes: &HashMap<Place, Storing<'_>>) -> Option<Place>
         .map(|node| node.place)
 }
 
-/// Whether a node alone does not hear another one of the set.
-fn cut_off(node: Place, set: &Set, apart: &Apart) -> bool {
-    !apart.is_empty() && set.members().chain(set.learner()).any(|other| apart.contains(&(node, other)))
-}
-
 /// Another replica, where the primary is to leave, is being emptied, can run no session, is cut off from one of the set, or
 /// leads more than its share.
 fn better_primary(
+    shard: ShardId,
     set: &Set,
     primary: Place,
     nodes: &mut HashMap<Place, Storing<'_>>,
-    apart: &Apart,
+    around: &Around,
     leaves: bool,
 ) -> Option<Change> {
     let first = nodes.get(&primary)?;
     let least = set
         .members()
         .skip(1)
-        .filter(|place| !cut_off(*place, set, apart))
+        .filter(|place| !around.cut_off(*place, set))
         .filter_map(|place| nodes.get(&place))
         .filter(|node| !node.draining)
-        .min_by_key(|node| (!node.leads, node.primaries, node.place))?;
+        .min_by_key(|node| (!node.leads, around.has_ceded(node.place, shard), node.primaries, node.place))?;
     let fitter = least.leads && !first.leads;
-    let unfit = leaves || first.draining || fitter || cut_off(primary, set, apart);
-    if !unfit && first.leads && !least.leads {
+    let unfit = leaves || first.draining || fitter || around.cut_off(primary, set);
+    let ceded = || set.members().any(|place| around.has_ceded(place, shard));
+    if !unfit && (first.leads && !least.leads || ceded()) {
         return None;
     }
     if unfit || first.primaries > least.primaries + PRIMARIES_SLACK {
         let (least, name) = (least.place, least.name.clone());
-        nodes.get_mut(&primary)?.primaries -= 1;
+        let first = nodes.get_mut(&primary)?;
+        first.primaries = first.primaries.saturating_sub(1);
         nodes.get_mut(&least)?.primaries += 1;
         return Some(Change::MakePrimary(name));
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use keepwarm_types::{SessionKey, Timestamp};
+use keepwarm_types::{Millis, SessionKey, Timestamp};
 
 use super::event::ReplicaCommand;
 use super::message::Message;
@@ -32,6 +32,9 @@ impl Rounds {
     }
 }
 
+/// How long nothing begins in a shard that is to be ceded, where nobody answers: as long as the registry is asked for it.
+pub(super) const CEDES_FOR: Millis = Millis(5_000);
+
 impl Replica {
     /// Takes a request of a client.
     pub(super) fn request(&mut self, now: Timestamp, request: Request, out: &mut Vec<ReplicaCommand>) {
@@ -50,6 +53,14 @@ impl Replica {
             }
             _ => request,
         };
+        if self.cedes_before(&request.verb) {
+            let refusal = Refusal::Moving("its shard goes to another node");
+            out.push(ReplicaCommand::Reply(request.id, Err(refusal)));
+            return;
+        }
+        if let Verb::Cede(to) = &request.verb {
+            return self.cede(now, &request, to, out);
+        }
         match request.verb {
             Verb::Demote => return self.demote(now, &request, out),
             Verb::Condemn { birth, damaged } => return self.condemn(now, request, (birth, damaged), out),
@@ -223,9 +234,12 @@ impl Replica {
             self.ask_round(now, out);
         }
         if let Part::Primary(office) = &mut self.part
-            && office.proposed.is_some_and(|at| now.since(at) >= deadline)
+            && office.proposed.is_some_and(|at| {
+                now.since(at) >= if office.ceding { deadline.max(CEDES_FOR) } else { deadline }
+            })
         {
-            // Whether that one comes to be or not, another on the same generation cannot do harm.
+            // Whether that one comes to be or not, another on the same generation cannot do harm. Who leased a session of a
+            // shard that is ceded after all loses that lease, and is told so.
             office.proposed = None;
         }
         self.resend(now, None, out);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keepwarm_types::{Birth, InstanceId, Millis, SessionKey, ShardCount, ShardId};
+use keepwarm_types::{Birth, Generation, InstanceId, Millis, SessionKey, ShardCount, ShardId};
 
 use super::message::Envelope;
 use crate::registry::{Change, Member, ReplicaSet};
@@ -75,11 +75,12 @@ pub enum ReplicaEvent {
         /// The round.
         round: u64,
     },
-    /// The registry refused a proposed change, or did not answer.
-    ProposalFailed,
+    /// The registry refused a change that was proposed in this generation, or did not answer; of a change that cedes the shard:
+    /// it was certainly not made.
+    ProposalFailed(Generation),
     /// In this generation's set this member is to leave, or nobody, as the registry's [`leavers`](crate::registry::leavers)
     /// says. Anew for each set.
-    Leaves(keepwarm_types::Generation, Option<Member>),
+    Leaves(Generation, Option<Member>),
     /// Time passed.
     Tick,
 }

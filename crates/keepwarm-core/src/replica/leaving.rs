@@ -71,7 +71,8 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         office.counted = Some(now);
         if !short {
-            (office.proposed, office.parting) = (Some(now), true);
+            office.propose(now, false);
+            office.parting = true;
             let change = Change::Remove { node: member.node, observers: Vec::new() };
             out.push(ReplicaCommand::Propose(change));
         }

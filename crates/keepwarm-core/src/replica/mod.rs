@@ -22,8 +22,9 @@
 //! - `office`: what a primary keeps. `change`: a change's way. `sweep`: comparing and installing.
 //! - `confirm`: rounds. `heal`: who holds bytes, and who should. `room`: who holds them instead, where room is short.
 //! - `saving`: what is on its way to the own catalog. `silent`: who keeps the others waiting.
-//! - `leaving`: who goes, and when.
+//! - `leaving`: who goes, and when. `ceding`: who is primary instead, because a session shall run there.
 
+mod ceding;
 mod change;
 mod confirm;
 mod damage;

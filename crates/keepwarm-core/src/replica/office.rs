@@ -59,6 +59,8 @@ pub(super) struct Office {
     pub(super) owned: u64,
     /// When a change of the set was proposed.
     pub(super) proposed: Option<Timestamp>,
+    /// Whether that one gives the shard to another primary.
+    pub(super) ceding: bool,
     /// When somebody was last proposed to leave.
     pub(super) accused: Option<Timestamp>,
     /// Who is to leave once no session counts on its copy.
@@ -70,6 +72,16 @@ pub(super) struct Office {
 }
 
 impl Office {
+    /// Takes note of a proposed change of the set.
+    pub(super) const fn propose(&mut self, now: Timestamp, cedes: bool) {
+        (self.proposed, self.ceding) = (Some(now), cedes);
+    }
+
+    /// Whether the shard is about to go to another primary.
+    pub(super) const fn is_ceding(&self) -> bool {
+        self.proposed.is_some() && self.ceding
+    }
+
     pub(super) fn head(&self, key: &SessionKey) -> Option<Stamp> {
         let sent = self.changing.get(key).and_then(|ticket| self.changes.get(ticket));
         if let Some(change) = sent.filter(|change| change.sent) {
@@ -101,6 +113,7 @@ impl Office {
             || !self.unfetched.is_empty()
             || !self.sick.is_empty()
             || self.leaving.is_some()
+            || self.is_ceding()
             || self
                 .peers
                 .iter()
@@ -181,6 +194,7 @@ impl Replica {
             full: HashMap::new(),
             owned: 0,
             proposed: None,
+            ceding: false,
             accused: None,
             leaving: None,
             counted: None,

@@ -40,7 +40,8 @@ impl Replica {
             Change::Remove { node, observers: vec![self.settings.member.node.clone()] }
         };
         let Part::Primary(office) = &mut self.part else { return };
-        (office.proposed, office.accused) = (Some(now), Some(now));
+        office.propose(now, false);
+        office.accused = Some(now);
         out.push(ReplicaCommand::Propose(change));
     }
 

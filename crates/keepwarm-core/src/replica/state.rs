@@ -248,8 +248,10 @@ impl Replica {
             ReplicaEvent::Evict(key, birth) => self.evict(now, key, birth, &mut out),
             ReplicaEvent::Copied(id, result) => self.copied(now, id, result, &mut out),
             ReplicaEvent::RegistryConfirmed { round } => self.registry_confirmed(now, round, &mut out),
-            ReplicaEvent::ProposalFailed => {
-                if let Part::Primary(office) = &mut self.part {
+            ReplicaEvent::ProposalFailed(generation) => {
+                if let Part::Primary(office) = &mut self.part
+                    && generation == self.set.generation
+                {
                     office.proposed = None;
                 }
             }

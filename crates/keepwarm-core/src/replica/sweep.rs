@@ -390,7 +390,7 @@ impl Replica {
         let Part::Primary(office) = &mut self.part else { return };
         let ready = office.peers.iter().any(|peer| peer.learner && peer.filled());
         if ready && office.swept && office.proposed.is_none() {
-            office.proposed = Some(now);
+            office.propose(now, false);
             out.push(ReplicaCommand::Propose(Change::Promote));
         }
     }

@@ -1,5 +1,6 @@
 //! Events in, commands out, on a set of three.
 
+mod ceding;
 mod damage;
 mod forks;
 mod leaving;

@@ -40,13 +40,17 @@ impl Work {
         self.pending.is_some() || !self.lent.is_empty()
     }
 
+    /// Whether a transaction or a request waits for its end.
+    pub(super) fn is_changing(&self) -> bool {
+        !self.stages.is_empty() || !self.queue.is_empty()
+    }
+
     fn idle(&self) -> bool {
         self.lease.is_none()
             && self.epoch.is_none()
             && self.home.is_none()
-            && self.stages.is_empty()
+            && !self.is_changing()
             && !self.busy()
-            && self.queue.is_empty()
     }
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use keepwarm_types::{
-    Birth, BlockChecksum, Bytes, ColdReason, InstanceId, LeaseId, Millis, SessionId, SessionKey, Tokens,
-    TxnId, WriteId,
+    Birth, BlockChecksum, Bytes, ColdReason, InstanceId, LeaseId, Millis, NodeName, SessionId, SessionKey,
+    Tokens, TxnId, WriteId,
 };
 
 use super::command::{Record, Ticket};
@@ -268,6 +268,8 @@ pub enum Verb {
     },
     /// Let another replica hold the bytes that are here; the replica carries it out, a shard alone cannot.
     Demote,
+    /// Give the session's shard to the replica on this node; the replica carries it out, a shard alone cannot.
+    Cede(NodeName),
     /// This node's copy of a block is damaged: the other holders' are the session's from now on, or where there is none
     /// it is cold (`corrupt`), whatever protects it. Done where the session does not name the block any more.
     Condemn {
@@ -294,6 +296,22 @@ pub enum Verb {
 }
 
 impl Verb {
+    /// Whether it may begin what ends where the shard's primary changes: a lease, a change or a transaction.
+    #[must_use]
+    pub const fn begins_something(&self) -> bool {
+        !matches!(
+            self,
+            Self::Get
+                | Self::List(_)
+                | Self::Read { .. }
+                | Self::ReadAll
+                | Self::Renew { .. }
+                | Self::Release { .. }
+                | Self::SetHome(_)
+                | Self::Touch
+        )
+    }
+
     /// Whether it reads or lays upon the session's bytes.
     #[must_use]
     pub const fn needs_bytes(&self) -> bool {
@@ -317,6 +335,7 @@ impl Verb {
             | Self::Touch
             | Self::GoCold { .. }
             | Self::Demote
+            | Self::Cede(_)
             | Self::Condemn { .. }
             | Self::Place { .. }
             | Self::Delete

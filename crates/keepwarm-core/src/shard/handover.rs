@@ -97,7 +97,20 @@ impl Shard {
 
     /// Whether a lease of the session runs.
     pub(crate) fn leased(&self, now: Timestamp, key: &SessionKey) -> bool {
-        self.sessions.get(key).is_some_and(|entry| entry.lease(now).is_some())
+        self.leased_until(now, key).is_some()
+    }
+
+    /// When the session's lease ends, if one runs.
+    pub(crate) fn leased_until(&self, now: Timestamp, key: &SessionKey) -> Option<Timestamp> {
+        self.sessions.get(key)?.lease(now).map(|lease| lease.expires_at)
+    }
+
+    /// Sessions that are leased, and those that change or have a transaction.
+    pub(crate) fn at_work(&self, now: Timestamp) -> (usize, usize) {
+        self.sessions.values().fold((0, 0), |(leased, changing), entry| {
+            let works = entry.busy() || entry.work.as_ref().is_some_and(|work| work.is_changing());
+            (leased + usize::from(entry.lease(now).is_some()), changing + usize::from(works))
+        })
     }
 
     /// Whether the session may go cold to make room: neither protected nor at work.

@@ -251,6 +251,7 @@ impl Shard {
             Verb::Fork(fork) => self.fork(now, id, key, fork, out),
             Verb::GoCold { birth, reason, force } => self.go_cold(now, id, key, birth, reason, force, out),
             Verb::Condemn { birth, damaged } => self.condemn(now, id, key, birth, damaged, out),
+            Verb::Cede(_) => Err(Refusal::Conflict("no other node has a replica of its shard".to_owned())),
             Verb::Demote => Err(Refusal::Conflict("no other node can hold its bytes".to_owned())),
             Verb::Place { birth, met, holders, brought } => {
                 self.place(id, key, (birth, met), &holders, brought, out)
@@ -376,6 +377,7 @@ const fn waits(verb: &Verb) -> bool {
         | Verb::Release { .. }
         | Verb::SetHome(_)
         | Verb::Demote
+        | Verb::Cede(_)
         | Verb::Touch => false,
     }
 }

@@ -11,7 +11,7 @@ use keepwarm_core::session::{
 };
 use keepwarm_memory::Block;
 use keepwarm_node::{ActivateRequest, ContextInfo, Error, Handle, TurnPart, TurnRequest};
-use keepwarm_types::{Bytes, GpuIndex, LeaseId, Millis, Owner, SessionKey, Source, Tokens};
+use keepwarm_types::{Bytes, GpuIndex, LeaseId, Millis, Owner, SessionKey, Source, Tier, Tokens};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::branch::{Gates, Pass};
@@ -99,7 +99,15 @@ struct Held {
     lease: LeaseId,
     gpu: GpuIndex,
     plan: Plan,
+    /// HBM that the turn needs, and whether it was short here.
+    needed: Bytes,
+    short: bool,
     _pass: Pass,
+}
+
+/// Whether it is HBM that is short: another node may have it.
+const fn lacks_hbm(error: &Error) -> bool {
+    matches!(error, Error::NoCapacity { tier: Tier::Hbm, .. })
 }
 
 fn load(config: &ModelConfig) -> Result<Model, ServiceError> {
@@ -293,7 +301,7 @@ impl Service {
         };
         let (text, unsent) = (outcome.text.clone(), std::mem::take(&mut outcome.unsent));
         let committed = match held {
-            Some(held) => inner.commit(served, held, outcome).await.map(Some),
+            Some(held) => inner.commit(served, held, outcome, claim.is_some()).await.map(Some),
             None => Ok(None),
         };
         if let (Ok(etag), Some(claim)) = (&committed, claim) {
@@ -341,7 +349,11 @@ impl Inner {
     ) -> Result<(State, usize, Source, Option<Held>), ChatError> {
         let g = served.model.geometry();
         let heap = || State::Heap(HeapKv::new(g, plan.tokens.len() + max_new));
-        let request = ActivateRequest { ttl: Some(TURN_LEASE), ..ActivateRequest::default() };
+        // A completion never fails for lack of room: it runs here, and the next one where room is.
+        let request =
+            ActivateRequest { ttl: Some(TURN_LEASE), only_here: true, ..ActivateRequest::default() };
+        let blocks = (plan.tokens.len() + max_new).div_ceil(g.tokens_per_block) + 1;
+        let needed = Bytes((blocks * g.block_bytes()) as u64);
         let mut activated = self.handle.activate(&plan.key, request.clone()).await;
         if matches!(activated, Err(Error::Corrupt { .. })) {
             // Damage on the way does not come twice; a session whose own bytes were damaged has gone cold, and
@@ -353,9 +365,10 @@ impl Inner {
                 let blocks = activation.blocks.into_iter().next().unwrap_or_default();
                 (activation.lease.id, activation.home.gpu, activation.manifest, blocks, activation.source)
             }
-            Err(Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::Corrupt { .. }) => {
+            Err(error @ (Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::Corrupt { .. })) => {
                 let (grant, home) = self.handle.lease(&plan.key, TURN_LEASE).await?;
-                let held = Held { lease: grant.lease.id, gpu: home.gpu, plan, _pass: pass };
+                let (lease, gpu, short) = (grant.lease.id, home.gpu, lacks_hbm(&error));
+                let held = Held { lease, gpu, plan, needed, short, _pass: pass };
                 let state = State::Heap(HeapKv::new(g, held.plan.tokens.len() + max_new));
                 return Ok((state, 0, Source::None, Some(held)));
             }
@@ -365,14 +378,20 @@ impl Inner {
         let cached = committed.min(plan.keep_tokens).min(plan.tokens.len() - 1);
         let owner = Owner { tenant: plan.key.tenant.clone(), birth: manifest.birth };
         let state = self.working(served, &owner, gpu, &blocks, cached, plan.tokens.len() + max_new).await;
+        let mut short = false;
         let (state, cached, source) = match state {
-            Some(state) => (state, cached, if cached == 0 { Source::None } else { source }),
-            None => (heap(), 0, Source::None),
+            Ok(Some(state)) => (state, cached, if cached == 0 { Source::None } else { source }),
+            Ok(None) => (heap(), 0, Source::None),
+            Err(error) => {
+                tracing::info!(%error, "a turn runs uncached");
+                short = lacks_hbm(&error);
+                (heap(), 0, Source::None)
+            }
         };
-        Ok((state, cached, source, Some(Held { lease, gpu, plan, _pass: pass })))
+        Ok((state, cached, source, Some(Held { lease, gpu, plan, needed, short, _pass: pass })))
     }
 
-    /// Working blocks behind what is cached; none where there is no room.
+    /// Working blocks behind what is cached; none where the blocks do not have that.
     async fn working(
         &self,
         served: &Served,
@@ -381,14 +400,12 @@ impl Inner {
         blocks: &[Block],
         cached: usize,
         tokens: usize,
-    ) -> Option<State> {
+    ) -> Result<Option<State>, Error> {
         let g = served.model.geometry();
         let count = tokens.div_ceil(g.tokens_per_block) - cached / g.tokens_per_block + 1;
-        let uncached = |error: &Error| tracing::info!(%error, "a turn runs uncached");
-        let blocks = self.handle.on_cpu(owner, gpu, blocks).await.inspect_err(uncached).ok()?;
-        let working = self.handle.scratch(owner, gpu, Bytes(g.block_bytes() as u64), count).await;
-        let working = working.inspect_err(uncached).ok()?;
-        GpuKv::new(shape(g), owner.clone(), &blocks, cached, working).map(State::Gpu)
+        let blocks = self.handle.on_cpu(owner, gpu, blocks).await?;
+        let working = self.handle.scratch(owner, gpu, Bytes(g.block_bytes() as u64), count).await?;
+        Ok(GpuKv::new(shape(g), owner.clone(), &blocks, cached, working).map(State::Gpu))
     }
 
     /// Gives back what a turn held that will not be committed.
@@ -409,9 +426,10 @@ impl Inner {
         }
     }
 
-    /// Commits a turn: the transcript now, the state behind it.
-    async fn commit(&self, served: &Served, held: Held, outcome: Outcome) -> Result<Etag, Error> {
-        let Held { lease, gpu, plan, _pass } = held;
+    /// Commits a turn: the transcript now, the state behind it. Where room was short the session goes to a node that has it;
+    /// not if this answer is `kept`, for it is here that whoever asks again finds it.
+    async fn commit(&self, served: &Served, held: Held, outcome: Outcome, kept: bool) -> Result<Etag, Error> {
+        let Held { lease, gpu, plan, needed, mut short, _pass } = held;
         let total = Tokens(outcome.tokens.len() as u64);
         let mut messages = plan.messages;
         if plan.conversation {
@@ -430,6 +448,7 @@ impl Inner {
                     Err(error) => {
                         // The transcript is what counts: the next turn computes the state again.
                         tracing::warn!(key = %plan.key, %error, "a turn's state did not reach its GPU");
+                        short |= lacks_hbm(&error);
                         Vec::new()
                     }
                 }
@@ -443,7 +462,16 @@ impl Inner {
         };
         let turn = self.handle.turn(&plan.key, TurnRequest { lease, gpu, transcript, parts }).await;
         match turn {
-            Ok(done) => Ok(done.etag),
+            Ok(done) => {
+                if short && !kept {
+                    let (handle, key) = (self.handle.clone(), plan.key);
+                    tokio::spawn(async move {
+                        handle.make_way(&key, needed).await;
+                        drop(_pass);
+                    });
+                }
+                Ok(done.etag)
+            }
             Err(error) => {
                 let _ = self.handle.release(&plan.key, lease).await;
                 Err(error)

@@ -7,10 +7,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
-use keepwarm_core::placement::{NodeLoad, choose_node};
+use keepwarm_core::placement::{Needs, NodeLoad, choose_node, choose_successor};
 use keepwarm_core::registry::NodeStatus;
 use keepwarm_transport::{Class, Frame};
-use keepwarm_types::NodeName;
+use keepwarm_types::{NodeName, SessionId};
 use keepwarm_wire::control::LoadAnswer;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -22,6 +22,8 @@ use crate::handle::Handle;
 const ASKED: usize = 2;
 /// How long they may take: a new session waits.
 const ANSWER_DEADLINE: Duration = Duration::from_millis(100);
+/// How long it may take where a session has nowhere to run but there.
+const SURE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long what was found holds: many sessions that are made at once cost one question.
 const HOLDS: Duration = Duration::from_millis(250);
 
@@ -49,11 +51,7 @@ impl Cluster {
         if let Some(found) = self.found.now() {
             return found;
         }
-        let asked = self.some_others().into_iter().map(|node| async move {
-            let load = self.ask_load(&node).await?;
-            Some((node, load))
-        });
-        let loads: Vec<_> = join_all(asked).await.into_iter().flatten().collect();
+        let loads = self.ask_loads(self.some_others(), ANSWER_DEADLINE).await;
         let node = choose_node(here, &loads).cloned();
         self.found.set(node.clone());
         node
@@ -75,10 +73,29 @@ impl Cluster {
         some
     }
 
-    /// How a node is; none where it does not say so in time, or cannot.
-    async fn ask_load(&self, node: &NodeName) -> Option<NodeLoad> {
+    /// How these nodes are, as far as they say so in time.
+    async fn ask_loads(&self, nodes: Vec<NodeName>, deadline: Duration) -> Vec<(NodeName, NodeLoad)> {
+        let asked = nodes.into_iter().map(|node| async move {
+            let load = self.ask_load(&node, deadline).await?;
+            Some((node, load))
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// The replica of a session's shard that has what the session needs, where this node has not.
+    pub(crate) async fn successor(&self, id: SessionId, needs: Needs, here: &NodeLoad) -> Option<NodeName> {
+        let loads = self.ask_loads(self.others_of(id), SURE_DEADLINE).await;
+        choose_successor(here, &loads, needs).cloned()
+    }
+
+    /// How a node is that a session shall run on; none where it does not say so in time, or cannot.
+    pub(crate) async fn load_of(&self, node: &NodeName) -> Option<NodeLoad> {
+        self.ask_load(node, SURE_DEADLINE).await
+    }
+
+    async fn ask_load(&self, node: &NodeName, deadline: Duration) -> Option<NodeLoad> {
         let question = LoadAnswer::question(self.transport.version(node)?).ok()?;
-        let answer = self.transport.call(node, Class::Ownership, question, ANSWER_DEADLINE).await.ok()?;
+        let answer = self.transport.call(node, Class::Ownership, question, deadline).await.ok()?;
         LoadAnswer::decode(&answer).ok().map(|answer| answer.0)
     }
 }

@@ -3,11 +3,13 @@
 //! - **Owns** the transport and the registry's handle; knows where each shard's primary is.
 //! - `start`: links, registry, registration, in this order. `watch`: the registry's news to the shards, and who hears
 //!   whom to the registry. `inbound`: what other nodes send, to whom it belongs. `blocks`: bytes between pinned
-//!   arenas. `relay`: a client's request on its way to the owner. `load`: which node takes a new session.
+//!   arenas. `relay`: a client's request on its way to the owner. `load`: which node takes a new session. `cede`: shards that
+//!   another replica takes over, for it has room.
 //!
 //! Tasks here end with the node. None holds a lock across an await; whatever waits has a deadline.
 
 mod blocks;
+mod cede;
 mod inbound;
 mod load;
 mod relay;
@@ -45,6 +47,9 @@ pub(crate) struct Cluster {
     handle: OnceLock<WeakHandle>,
     relays: mpsc::Sender<IncomingRelay>,
     found: load::Found,
+    ceded: cede::Ceded,
+    /// Reports to the registry's leader so far.
+    reports: tokio_watch::Sender<u64>,
     tasks: std::sync::Mutex<Vec<AbortHandle>>,
 }
 

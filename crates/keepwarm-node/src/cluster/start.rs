@@ -159,6 +159,8 @@ pub(crate) async fn join(
         handle: OnceLock::new(),
         relays,
         found: super::load::Found::default(),
+        ceded: super::cede::Ceded::default(),
+        reports: tokio_watch::channel(0).0,
         tasks: std::sync::Mutex::new([inbound.abort_handle()].into_iter().chain(renewing).collect()),
     });
     let _ = begun.set(Arc::clone(&cluster));

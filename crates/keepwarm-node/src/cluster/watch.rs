@@ -143,7 +143,9 @@ pub(super) async fn report(cluster: Arc<Cluster>, suspect_after: Duration) {
             unheard,
             slow: cluster.node().map_or_else(Vec::new, |handle| handle.slow()),
             fitness: cluster.node().map_or(Fitness::WELL, |handle| handle.fitness()),
+            ceded: cluster.ceded(),
         });
+        cluster.reports.send_modify(|sent| *sent += 1);
     }
 }
 

@@ -39,10 +39,19 @@ pub(crate) struct GpuArgs {
 struct Warm {
     birth: Birth,
     parts: Vec<Vec<InstanceId>>,
+    /// Of all its blocks, those that others share too.
+    bytes: Bytes,
     leased_until: Timestamp,
     /// Checkpoints under way.
     checkpoints: u32,
     dirty: Bytes,
+}
+
+impl Warm {
+    /// Whether it may leave.
+    fn is_idle(&self, at: Timestamp) -> bool {
+        self.leased_until <= at && self.checkpoints == 0
+    }
 }
 
 pub(crate) struct GpuState {
@@ -111,7 +120,7 @@ impl Actor for GpuActor {
                 }
             }
             GpuMsg::Demote { key, reply } => {
-                let free = |warm: &Warm| warm.leased_until <= now() && warm.checkpoints == 0;
+                let free = |warm: &Warm| warm.is_idle(now());
                 let gone = state.sessions.get(&key).is_some_and(free).then(|| state.remove(&key));
                 let _ = reply.send(gone);
             }
@@ -139,7 +148,8 @@ impl GpuState {
         let at = now();
         let leases = self.sessions.values().filter(|warm| warm.leased_until > at).count();
         let dirty = self.sessions.values().map(|warm| warm.dirty).sum();
-        self.board.publish(leases, self.room.residency.waiting(), self.sessions.len(), dirty);
+        let evictable = self.sessions.values().filter(|warm| warm.is_idle(at)).map(|warm| warm.bytes).sum();
+        self.board.publish(leases, self.room.residency.waiting(), self.sessions.len(), dirty, evictable);
     }
 
     fn serving(&self) -> Result<(), Error> {
@@ -150,7 +160,7 @@ impl GpuState {
     }
 
     fn bytes(&self, key: &SessionKey) -> Bytes {
-        self.blocks(key).map(|block| Bytes(block.length() as u64)).sum()
+        self.sessions.get(key).map_or(Bytes::ZERO, |warm| warm.bytes)
     }
 
     fn blocks(&self, key: &SessionKey) -> impl Iterator<Item = &Block> {
@@ -253,7 +263,9 @@ impl GpuState {
             checkpoints += 1;
             dirty += fresh;
         }
-        self.sessions.insert(key.clone(), Warm { birth, parts, leased_until, checkpoints, dirty });
+        let of_parts = parts.iter().flatten().filter_map(|instance| self.instances.get(instance));
+        let bytes = of_parts.map(|(block, _)| Bytes(block.length() as u64)).sum();
+        self.sessions.insert(key.clone(), Warm { birth, parts, bytes, leased_until, checkpoints, dirty });
         self.resident(&key, true);
     }
 
@@ -294,10 +306,10 @@ impl GpuState {
         let Some(warm) = self.sessions.get(key) else { return };
         let at = now();
         // While a checkpoint runs, the session counts as leased: its blocks are being read.
-        let leased = warm.leased_until > at || warm.checkpoints > 0;
+        let leased = !warm.is_idle(at);
         let resident = Resident {
             birth: warm.birth,
-            bytes: self.bytes(key),
+            bytes: warm.bytes,
             dirty: warm.checkpoints > 0,
             leased,
             protected_until: at,
@@ -311,8 +323,7 @@ impl GpuState {
     fn evict(&mut self, mut evictions: Vec<ResidencyCommand>) {
         while let Some(command) = evictions.pop() {
             let ResidencyCommand::Evict { key, why, .. } = command else { continue };
-            let busy =
-                self.sessions.get(&key).is_none_or(|warm| warm.checkpoints > 0 || warm.leased_until > now());
+            let busy = self.sessions.get(&key).is_none_or(|warm| !warm.is_idle(now()));
             if busy {
                 evictions.extend(self.room.on(now(), ResidencyEvent::Refused(key)));
                 continue;
@@ -357,7 +368,7 @@ impl GpuState {
         let at = now();
         let ended = |(key, warm): (&SessionKey, &Warm)| {
             let counted = self.room.residency.get(key).is_some_and(|resident| resident.leased);
-            (counted && warm.leased_until <= at && warm.checkpoints == 0).then(|| key.clone())
+            (counted && warm.is_idle(at)).then(|| key.clone())
         };
         let ended: Vec<_> = self.sessions.iter().filter_map(ended).collect();
         for key in ended {

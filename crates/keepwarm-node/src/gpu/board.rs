@@ -15,6 +15,7 @@ pub(crate) struct Board {
     queue: AtomicU32,
     sessions: AtomicU64,
     dirty: AtomicU64,
+    evictable: AtomicU64,
     /// Its actor failed too often.
     down: AtomicBool,
     /// Where an engine on the CPU works, if the device's memory is not the host's.
@@ -32,6 +33,7 @@ impl Board {
             queue: AtomicU32::new(0),
             sessions: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
+            evictable: AtomicU64::new(0),
             down: AtomicBool::new(false),
             workspace: None,
             _claim: None,
@@ -60,12 +62,20 @@ impl Board {
         &self.device
     }
 
-    pub(crate) fn publish(&self, leases: usize, queue: usize, sessions: usize, dirty: Bytes) {
+    pub(crate) fn publish(
+        &self,
+        leases: usize,
+        queue: usize,
+        sessions: usize,
+        dirty: Bytes,
+        evictable: Bytes,
+    ) {
         let small = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         self.leases.store(small(leases), Ordering::Relaxed);
         self.queue.store(small(queue), Ordering::Relaxed);
         self.sessions.store(sessions as u64, Ordering::Relaxed);
         self.dirty.store(dirty.0, Ordering::Relaxed);
+        self.evictable.store(evictable.0, Ordering::Relaxed);
     }
 
     pub(crate) fn take_down(&self) {
@@ -88,7 +98,9 @@ impl Board {
             index: self.index,
             healthy: self.healthy(),
             free: figures.reserved.saturating_sub(figures.used),
+            evictable: Bytes(self.evictable.load(Ordering::Relaxed)),
             capacity: figures.reserved,
+            quantises: self.device.quantises(),
             leases: self.leases.load(Ordering::Relaxed),
             queue: self.queue.load(Ordering::Relaxed),
         }

@@ -56,13 +56,11 @@ impl Handle {
 
     /// How this node is.
     pub(crate) async fn load_now(&self) -> Result<NodeLoad, Error> {
-        let healthy = self.inner().boards.iter().filter(|board| board.healthy());
-        let queue = healthy.map(|board| board.load().queue).min();
+        let gpus: Vec<_> = self.inner().boards.iter().map(|board| board.load()).collect();
         let (reply, told) = oneshot::channel();
         send(self.links().pinned()?, PinnedMsg::Info(reply), "pinned memory")?;
         let pinned = told.await.map_err(|_| restarting("pinned memory"))?.arena;
-        let (runs, queue) = (queue.is_some(), queue.unwrap_or(0));
-        Ok(NodeLoad { runs, queue, used: pinned.used, capacity: pinned.reserved })
+        Ok(NodeLoad::of(&gpus, pinned.used, pinned.reserved))
     }
 
     /// A node that owns shards, for a session without an id: this one, where it does.

@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::pinned::{PinnedMsg, Pool, ROOM_WAIT, Reserve};
 use crate::router::RouterMsg;
 use crate::shard::{Answered, Ask, ShardMsg};
+use crate::uploads::Uploads;
 
 /// How long another node's bytes wait for room here.
 const REPLICA_ROOM_WAIT: Millis = Millis(500);
@@ -70,6 +71,7 @@ pub(crate) struct Inner {
     faults: Vec<Arc<FaultPlan>>,
     serving: AtomicBool,
     pub(crate) disk: DiskWatch,
+    pub(crate) uploads: Uploads,
     /// How long the members of this node's sets take to acknowledge changes.
     pub(crate) pace: Mutex<Pace>,
     /// Whether this process may begin anew: the cluster went on without it.
@@ -91,6 +93,7 @@ impl Inner {
             contexts: Mutex::default(),
             serving: AtomicBool::new(false),
             disk: DiskWatch::default(),
+            uploads: Uploads::default(),
             pace: Mutex::new(Pace::new(now())),
             superseded: AtomicBool::new(false),
             config: parts.config,

@@ -5,6 +5,7 @@
 //! call would have left it; a write that was not finished leaves nothing.
 
 mod admin;
+mod cede;
 mod cluster;
 mod damage;
 mod inner;

@@ -64,12 +64,14 @@ pub struct Selection {
 /// A session to run.
 #[derive(Debug, Clone, Default)]
 pub struct ActivateRequest {
-    /// On which node; here where absent.
+    /// On which node; where absent here, or where room is.
     pub node: Option<NodeName>,
     /// On which GPU; where it is warm, or where room is, if absent.
     pub gpu: Option<GpuIndex>,
     /// How long the lease lasts; the default where absent.
     pub ttl: Option<Millis>,
+    /// Here or nowhere: without room here it is refused, whoever else has room.
+    pub only_here: bool,
 }
 
 /// A fork to make.

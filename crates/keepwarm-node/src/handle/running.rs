@@ -12,6 +12,7 @@ use keepwarm_types::{
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
+use super::cede::needs_of;
 use super::damage::NotLoaded;
 use super::inner::{Handle, no_gpu, restarting, send};
 use super::request::{ActivateRequest, TurnRequest};
@@ -36,12 +37,22 @@ fn odd(what: &'static str) -> Error {
 impl Handle {
     /// Brings a session to a GPU and leases it.
     ///
+    /// Where another node is asked for, or has the room that this one has not, the session's shard goes there, and the answer is
+    /// [`Refusal::Moving`]: to be asked once more, at its new owner.
+    ///
     /// # Errors
     /// [`Error`]; no lease is held then.
     pub async fn activate(&self, key: &SessionKey, request: ActivateRequest) -> Result<Activation, Error> {
-        match self.activate_once(key, &request, false).await {
-            Err(NotLoaded { replaced: true, .. }) => Ok(self.activate_once(key, &request, true).await?),
-            done => Ok(done?),
+        let done = match self.activate_once(key, &request, false).await {
+            Err(NotLoaded { replaced: true, .. }) => self.activate_once(key, &request, true).await,
+            done => done,
+        };
+        let anywhere = request.node.is_none() && request.gpu.is_none() && !request.only_here;
+        match done.map_err(Error::from) {
+            Err(refused @ Error::NoCapacity { tier: Tier::Hbm, .. }) if anywhere => {
+                Err(self.without_room(key, refused).await)
+            }
+            done => done,
         }
     }
 
@@ -56,9 +67,8 @@ impl Handle {
         let started = Instant::now();
         self.settled(key).await?;
         let before = self.get(key).await?;
-        let bytes = before.manifest.raw_bytes();
         let here = !replaced && before.manifest.holders.contains(&self.inner().member());
-        let home = self.place(key, request.node.clone(), request.gpu, bytes).await?;
+        let home = self.place(key, request.node.clone(), request.gpu, &before.manifest).await?;
         let lease = LeaseId(Uuid::new_v4());
         let ttl = request.ttl.unwrap_or(LEASE_TTL_DEFAULT);
         let verb = Verb::Activate { lease, ttl, home: home.clone() };
@@ -100,42 +110,42 @@ impl Handle {
         key: &SessionKey,
         node: Option<NodeName>,
         wish: Option<GpuIndex>,
-        bytes: Bytes,
+        manifest: &Manifest,
     ) -> Result<Home, Error> {
+        let needs = needs_of(manifest);
         if let Some(node) = node.filter(|node| node != self.name()) {
-            if !self.config().nodes.iter().any(|known| known.name == node) {
-                return Err(Error::unknown_node(&node));
-            }
-            let owner = self.name();
-            return Err(Error::InvalidField {
-                field: "node".to_owned(),
-                reason: format!("a session runs where its owner is, and that is node '{owner}'"),
-            });
+            return Err(self.hand_to(key, node, wish, needs).await);
         }
         let gpus = self.inner().boards.len();
         if let Some(wish) = wish.filter(|wish| usize::from(wish.0) >= gpus) {
             return Err(no_gpu(wish, gpus));
         }
         let (reply, choice) = oneshot::channel();
-        let place = RouterMsg::Place { key: key.clone(), wish, near: None, bytes, reply };
+        let place = RouterMsg::Place { key: key.clone(), wish, near: None, needs, reply };
         send(self.links().router()?, place, "the router")?;
         match choice.await.map_err(|_| restarting("the router"))? {
             Some(gpu) => Ok(Home { node: self.name().clone(), gpu }),
             None => {
-                let largest = self
-                    .inner()
-                    .boards
-                    .iter()
-                    .filter(|board| board.healthy())
-                    .map(|board| board.load().capacity)
-                    .max();
-                Err(match (largest, wish) {
-                    (Some(largest), None) => Error::NoCapacity {
-                        tier: Tier::Hbm,
-                        wanted: bytes,
-                        reason: format!("the largest GPU of this node has {largest}"),
-                        retry_after: Millis(60_000),
-                    },
+                let loads = self.inner().boards.iter().map(|board| board.load());
+                let loads: Vec<_> = loads.filter(|gpu| gpu.healthy).collect();
+                let serves = !loads.is_empty();
+                let without = |reason| Error::NoCapacity {
+                    tier: Tier::Hbm,
+                    wanted: needs.bytes,
+                    reason,
+                    retry_after: Millis(60_000),
+                };
+                let able = loads.iter().filter(|gpu| gpu.quantises || !needs.kernels);
+                Err(match (able.map(|gpu| gpu.capacity).max(), wish) {
+                    (Some(largest), None) => without(match needs.kernels {
+                        true => {
+                            format!("this node's largest GPU with kernels for its cold form has {largest}")
+                        }
+                        false => format!("the largest GPU of this node has {largest}"),
+                    }),
+                    (None, None) if serves => {
+                        without("no GPU of this node takes the kernels of its cold form".to_owned())
+                    }
                     _ => Error::Unavailable {
                         reason: "no GPU that could run it serves".to_owned(),
                         retry_after: Millis(1000),
@@ -447,8 +457,7 @@ impl Handle {
             }
             Tier::Peer => Ok(verdict(Outcome::Rejected, "a peer's memory is colder, not warmer: use demote")),
             Tier::Hbm => {
-                let bytes = info.manifest.raw_bytes();
-                let home = self.place(key, None, None, bytes).await?;
+                let home = self.place(key, None, None, &info.manifest).await?;
                 self.bring(key, &home, "prefetch").await
             }
         }
@@ -519,7 +528,8 @@ impl Handle {
         Ok(verdict(Outcome::Accepted, format!("{freed} given back")))
     }
 
-    /// Moves a session's home.
+    /// Moves a session's home. To another node its whole shard goes, and the answer is [`Refusal::Moving`]: to be asked once more,
+    /// at its new owner.
     ///
     /// # Errors
     /// [`Error`].
@@ -534,7 +544,7 @@ impl Handle {
         if let Some(lease) = info.lease {
             return Ok(verdict(Outcome::Rejected, format!("the session is leased ({})", lease.id)));
         }
-        let home = self.place(key, node, gpu, info.manifest.raw_bytes()).await?;
+        let home = self.place(key, node, gpu, &info.manifest).await?;
         let moved = match info.manifest.state {
             State::Cold(_) => verdict(Outcome::Accepted, "the session is cold: its next run begins there"),
             State::Warm if info.manifest.stored_bytes() == Bytes::ZERO => {

@@ -47,11 +47,11 @@ impl Actor for RouterActor {
         state: &mut RouterState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RouterMsg::Place { key, wish, near, bytes, reply } => {
+            RouterMsg::Place { key, wish, near, needs, reply } => {
                 let seen = |key: &SessionKey| state.histories.peek(key).and_then(|history| history.home);
                 let warm = seen(&key).or_else(|| near.as_ref().and_then(seen));
                 let loads: Vec<GpuLoad> = state.boards.iter().map(|board| board.load()).collect();
-                let _ = reply.send(choose(&loads, wish, warm, bytes));
+                let _ = reply.send(choose(&loads, wish, warm, needs));
             }
             RouterMsg::Homed(key, gpu) => state.history(key).home = Some(gpu),
             RouterMsg::Moved(key, moved) => {

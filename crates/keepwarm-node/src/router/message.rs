@@ -1,6 +1,7 @@
 //! What the router can be told.
 
-use keepwarm_types::{Bytes, GpuIndex, SessionKey, Source};
+use keepwarm_core::placement::Needs;
+use keepwarm_types::{GpuIndex, SessionKey, Source};
 use tokio::sync::oneshot;
 
 use crate::handle::Move;
@@ -24,7 +25,7 @@ pub(crate) enum RouterMsg {
         wish: Option<GpuIndex>,
         /// A session whose home it should share.
         near: Option<SessionKey>,
-        bytes: Bytes,
+        needs: Needs,
         reply: oneshot::Sender<Option<GpuIndex>>,
     },
     /// It runs there now.

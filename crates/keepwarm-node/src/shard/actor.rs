@@ -112,7 +112,9 @@ impl Actor for ShardActor {
             ShardMsg::RegistryConfirmed(round) => {
                 state.on(&myself, ReplicaEvent::RegistryConfirmed { round });
             }
-            ShardMsg::ProposalFailed => state.on(&myself, ReplicaEvent::ProposalFailed),
+            ShardMsg::ProposalFailed(generation) => {
+                state.on(&myself, ReplicaEvent::ProposalFailed(generation));
+            }
             ShardMsg::Tick => state.on(&myself, ReplicaEvent::Tick),
             ShardMsg::Count(reply) => {
                 let core = &state.args.core;

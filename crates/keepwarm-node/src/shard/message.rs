@@ -45,8 +45,8 @@ pub(crate) enum ShardMsg {
     Lend(Vec<BlockRef>, Birth, oneshot::Sender<Option<Vec<Block>>>),
     /// The registry's answer to a round.
     RegistryConfirmed(u64),
-    /// The registry did not take a proposal.
-    ProposalFailed,
+    /// The registry did not take what was proposed in this generation.
+    ProposalFailed(Generation),
     /// A deadline of the core's has passed.
     Tick,
     /// What is here.

@@ -8,6 +8,7 @@ use keepwarm_core::registry::{Change, Entry, Member, ReplicaSet, Response};
 use keepwarm_core::replica::{Content, CopyFailed, CopyId, Envelope, Message};
 use keepwarm_core::session::{BlockRef, TranscriptDelta};
 use keepwarm_memory::Block;
+use keepwarm_registry::ProposeError;
 use keepwarm_types::{Bytes, ShardId, Tokens};
 use ractor::ActorRef;
 
@@ -123,17 +124,21 @@ pub(super) fn propose(
 ) {
     let Some(cluster) = handle.cluster_link() else { return };
     let (cluster, generation, to) = (Arc::clone(cluster), set.generation, to.clone());
+    // A shard that is ceded waits for what becomes of it.
+    let cedes = matches!(change, Change::MakePrimary(_));
     tokio::spawn(async move {
         let entry = Entry::Change { shard, generation, change };
         match cluster.registry().propose(entry, REGISTRY_DEADLINE).await {
             Ok(Response::Refused(reason)) => {
                 tracing::debug!(%shard, %reason, "a change of the set was refused");
-                let _ = to.cast(ShardMsg::ProposalFailed);
+                let _ = to.cast(ShardMsg::ProposalFailed(generation));
             }
             Ok(_) => {}
             Err(error) => {
                 tracing::debug!(%shard, %error, "a change of the set was not taken");
-                let _ = to.cast(ShardMsg::ProposalFailed);
+                if !cedes || matches!(error, ProposeError::Unavailable(_)) {
+                    let _ = to.cast(ShardMsg::ProposalFailed(generation));
+                }
             }
         }
     });

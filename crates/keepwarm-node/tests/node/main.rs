@@ -1,11 +1,13 @@
 //! A node at work: bytes in and out, eviction, restart, failing devices, panicking actors.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod cede;
 mod cuda;
 mod damage;
 mod faults;
 mod lossy;
 mod near;
+mod three;
 
 use std::future::Future;
 use std::path::Path;

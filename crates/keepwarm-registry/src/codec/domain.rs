@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use keepwarm_core::registry::{
-    Change, Delta, Entry, Fitness, HealthReport, NodeState, NodeStatus, Refused, Registration, Response,
-    SetState, Unheard,
+    Change, Delta, Entry, HealthReport, NodeState, NodeStatus, Refused, Registration, Response, SetState,
+    Unheard,
 };
 use keepwarm_types::{Generation, Incarnation, Millis, NodeName, ShardId, Timestamp};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -419,12 +419,7 @@ impl TryFrom<RawReport> for HealthReport {
         let unheard = |(node, incarnation, silent): (String, u64, u64)| {
             Ok(Unheard { node: name(&node)?, incarnation: Incarnation(incarnation), silent: Millis(silent) })
         };
-        Ok(Self {
-            from: name(&raw.from)?,
-            from_incarnation: Incarnation(raw.from_incarnation),
-            unheard: raw.unheard.into_iter().map(unheard).collect::<Result<_, _>>()?,
-            slow: Vec::new(),
-            fitness: Fitness::WELL,
-        })
+        let unheard = raw.unheard.into_iter().map(unheard).collect::<Result<_, BadBytes>>()?;
+        Ok(Self { unheard, ..Self::well(name(&raw.from)?, Incarnation(raw.from_incarnation)) })
     }
 }

@@ -49,13 +49,7 @@ fn requests() -> Vec<(String, Request)> {
     let vote = || RawVote::from(&Vote::new_committed(3, 7));
     let (prev, commit) = (Some((&log_id(3)).into()), Some((&log_id(2)).into()));
     let unheard = vec![Unheard { node: name(2), incarnation: Incarnation(2), silent: Millis(900) }];
-    let report = HealthReport {
-        from: name(1),
-        from_incarnation: Incarnation(1),
-        unheard,
-        slow: Vec::new(),
-        fitness: Fitness::WELL,
-    };
+    let report = HealthReport { unheard, ..HealthReport::well(name(1), Incarnation(1)) };
     let named = [
         ("append", Request::Append { to: 8, vote: vote(), prev, entries: log, commit }),
         ("vote", Request::Vote { to: 8, vote: RawVote::from(&Vote::new(4, 7)), last: None }),
@@ -154,19 +148,20 @@ fn both_versions_are_read_as_they_were_meant() {
 #[test]
 fn what_a_node_can_do_is_said_to_those_who_read_it() {
     let fitness = Fitness { leads: false, learns: true };
-    let (from, from_incarnation) = (name(1), Incarnation(1));
+    let well = HealthReport::well(name(1), Incarnation(1));
     let slow = vec![Member { node: name(2), incarnation: Incarnation(7) }];
-    let report = HealthReport { from, from_incarnation, unheard: Vec::new(), slow, fitness };
+    let ceded = vec![ShardId(3)];
+    let report = HealthReport { slow, fitness, ceded, ..well.clone() };
     for version in versions() {
         let request = Request::report(&report, version);
         let read = Request::decode(CLUSTER, &request.encode(CLUSTER, version)).unwrap();
         match (version.number(), read) {
             (1, Request::Report(raw)) => {
-                let read = HealthReport::try_from(raw).unwrap();
-                assert_eq!(read, HealthReport { fitness: Fitness::WELL, slow: Vec::new(), ..report.clone() });
+                assert_eq!(HealthReport::try_from(raw), Ok(well.clone()));
             }
-            (2, Request::Standing { report: raw, leads: false, learns: true, slow }) => {
+            (2, Request::Standing { report: raw, leads: false, learns: true, slow, ceded }) => {
                 assert_eq!((raw, slow), (RawReport::from(&report), vec![("n2".to_owned(), 7)]));
+                assert_eq!(ceded, [3]);
             }
             other => panic!("{other:?}"),
         }

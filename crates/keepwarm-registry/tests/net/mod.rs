@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use keepwarm_catalog::{Catalog, CatalogSettings, RaftLog, Sync};
-use keepwarm_core::registry::{Fitness, HealthReport, Registration, Registry, RegistrySettings, Unheard};
+use keepwarm_core::registry::{HealthReport, Registration, Registry, RegistrySettings, Unheard};
 use keepwarm_registry::{
     Bootstrap, RegistryHandle, RegistryLink, RegistryLinkError, RegistryNode, Settings, Timers,
 };
@@ -251,11 +251,8 @@ impl Cluster {
                         }
                     }
                     handle.report(HealthReport {
-                        from: node.clone(),
-                        from_incarnation: own.incarnation,
                         unheard,
-                        slow: Vec::new(),
-                        fitness: Fitness::WELL,
+                        ..HealthReport::well(node.clone(), own.incarnation)
                     });
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;

@@ -3,5 +3,6 @@
 mod chaos;
 mod cluster_files;
 mod gpus;
+mod homes;
 mod process;
 mod tiers;

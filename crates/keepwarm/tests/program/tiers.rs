@@ -11,24 +11,24 @@ use keepwarm_types::{Outcome, Source, Tier};
 use uuid::Uuid;
 
 /// Bytes of each session. Each node of the cluster has 64 MiB of pinned memory.
-const SESSION_BYTES: usize = 4 << 20;
+pub(super) const SESSION_BYTES: usize = 4 << 20;
 /// Sessions of one owner: 72 MiB, where 64 MiB are pinned, of which clients may fill 95 %; with their second copies all nodes
 /// together have 144 of 192 MiB full.
 const SESSIONS: usize = 18;
-const PART: &str = "state";
-const OWNER: &str = "n1";
+pub(super) const PART: &str = "state";
+pub(super) const OWNER: &str = "n1";
 /// How long shards may take to find another owner: an entry of the registry each, on a busy machine.
 const MOVED_WITHIN: Duration = Duration::from_secs(60);
 /// Between two looks at the map.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Bytes that no other session has.
-fn bytes(id: Uuid) -> Vec<u8> {
+pub(super) fn bytes(id: Uuid) -> Vec<u8> {
     let word = id.as_u128().to_le_bytes();
     word.iter().copied().cycle().take(SESSION_BYTES).collect()
 }
 
-fn new(id: Uuid) -> NewSession {
+pub(super) fn new(id: Uuid) -> NewSession {
     let parts =
         vec![PartLayout { name: PART.to_owned(), form: Form::Bytes { block_bytes: None }, cold: None }];
     let layout = Layout { model: "m".to_owned(), fingerprint: "f".to_owned(), parts };
@@ -38,7 +38,7 @@ fn new(id: Uuid) -> NewSession {
 }
 
 /// Ids whose shards one node owns.
-async fn owned(client: &Client) -> Vec<Uuid> {
+pub(super) async fn owned(client: &Client) -> Vec<Uuid> {
     let deadline = Instant::now() + MOVED_WITHIN;
     let map = loop {
         let map = client.shards().await.expect("any node knows the map");

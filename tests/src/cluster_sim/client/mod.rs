@@ -103,6 +103,7 @@ impl Client {
             16 if self.world.below(2) == 0 => self.evict(&key, &manifest).await,
             17 | 18 => self.demote(&key).await,
             19 if self.is_about_damage() || self.world.below(3) == 0 => self.condemn(&key, &manifest).await,
+            20 if self.world.below(3) == 0 => self.cede(&key).await,
             _ => drop(self.read(&key).await),
         }
     }

@@ -111,6 +111,19 @@ impl Client {
         }
     }
 
+    /// The session shall run at another replica.
+    pub(super) async fn cede(&self, key: &SessionKey) {
+        let to = self.world.with(|world| {
+            let set = world.registry.set(world.keys.shard(key))?;
+            let chosen = world.below(set.replicas.len() as u64) as usize;
+            set.replicas.get(chosen).map(|member| member.node.clone())
+        });
+        if let Some(to) = to {
+            // Whatever the answer is, nothing of the session has changed.
+            let _ = self.ask(key, || Verb::Cede(to.clone())).await;
+        }
+    }
+
     pub(super) async fn truncate(&mut self, key: &SessionKey, manifest: &Manifest) {
         let Some(base) = self.base(manifest) else { return };
         let counted = manifest.layout.parts()[0].form.planes().is_some();

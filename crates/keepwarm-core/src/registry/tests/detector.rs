@@ -28,13 +28,7 @@ fn report(registry: &Registry, from: u16, unheard: &[(u16, Millis)]) -> Detector
         })
         .collect();
     let from_incarnation = incarnation(registry, from);
-    DetectorEvent::Report(HealthReport {
-        from: name(from),
-        from_incarnation,
-        unheard,
-        slow: Vec::new(),
-        fitness: Fitness::WELL,
-    })
+    DetectorEvent::Report(HealthReport { unheard, ..HealthReport::well(name(from), from_incarnation) })
 }
 
 fn told(detector: &mut Detector, now: u64, registry: &Registry, reports: &[(u16, &[(u16, Millis)])]) {
@@ -217,13 +211,28 @@ fn an_accuser_alone_is_the_odd_one_and_loses_the_lead_where_it_needs_the_accused
 }
 
 #[test]
+fn what_is_ceded_is_known_for_as_long_as_its_owner_says_so() {
+    let registry = cluster(3, 16, 2);
+    let mut detector = detector();
+    let report = |n: u16| HealthReport::well(name(n), incarnation(&registry, n));
+    let ceding = HealthReport { ceded: vec![ShardId(4), ShardId(5)], ..report(1) };
+    detector.on(Timestamp(10), DetectorEvent::Report(ceding));
+    let other = HealthReport { ceded: vec![ShardId(4)], ..report(2) };
+    detector.on(Timestamp(10), DetectorEvent::Report(other));
+    let expected = [(ShardId(4), [name(1), name(2)].into()), (ShardId(5), [name(1)].into())].into();
+    assert_eq!(detector.conditions().ceded, expected);
+    detector.on(Timestamp(20), DetectorEvent::Report(report(1)));
+    let left = [(ShardId(4), [name(2)].into())].into();
+    assert_eq!(detector.conditions().ceded, left);
+}
+
+#[test]
 fn who_can_run_nothing_leads_nothing_and_who_can_take_nothing_learns_nothing() {
     let registry = cluster(4, 16, 2);
     let mut detector = detector();
     let fit = |leads, learns| Fitness { leads, learns };
     let report = |detector: &mut Detector, n, fitness| {
-        let (from, from_incarnation) = (name(n), incarnation(&registry, n));
-        let report = HealthReport { from, from_incarnation, unheard: Vec::new(), slow: Vec::new(), fitness };
+        let report = HealthReport { fitness, ..HealthReport::well(name(n), incarnation(&registry, n)) };
         detector.on(Timestamp(10), DetectorEvent::Report(report));
     };
     report(&mut detector, 1, fit(false, true));
@@ -278,13 +287,10 @@ fn who_is_slow_by_the_word_of_two_is_replaced_first_in_then_out() {
     let mut detector = detector();
     let slow = Member { node: name(2), incarnation: incarnation(&registry, 2) };
     let report = |from: u16, slow: &[&Member]| {
-        let (node, from_incarnation) = (name(from), incarnation(&registry, from));
+        let slow = slow.iter().map(|member| (*member).clone()).collect();
         DetectorEvent::Report(HealthReport {
-            from: node,
-            from_incarnation,
-            unheard: Vec::new(),
-            slow: slow.iter().map(|member| (*member).clone()).collect(),
-            fitness: Fitness::WELL,
+            slow,
+            ..HealthReport::well(name(from), incarnation(&registry, from))
         })
     };
     detector.on(Timestamp(10), report(1, &[&slow]));

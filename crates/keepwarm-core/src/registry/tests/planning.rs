@@ -67,6 +67,47 @@ fn a_node_that_can_run_nothing_leads_no_first_set_either() {
 }
 
 #[test]
+fn what_was_ceded_is_not_given_back_for_equal_shares_nor_other_shards_in_its_place() {
+    let mut registry = cluster(3, 16, 2);
+    assert_eq!(plan(&registry, 3, 64), []);
+    let led = |registry: &Registry, n: u16| -> Vec<ShardId> {
+        let by = |shard: &ShardId| registry.primary(*shard).unwrap().node == name(n);
+        registry.shards().filter(by).collect()
+    };
+    let ceded = led(&registry, 1)[..3].to_vec();
+    for shard in &ceded {
+        let generation = registry.set(*shard).unwrap().generation;
+        let change = Change::MakePrimary(name(3));
+        registry.apply(&Entry::Change { shard: *shard, generation, change });
+    }
+    let conditions = |by: &[u16]| Conditions {
+        ceded: ceded.iter().map(|shard| (*shard, by.iter().map(|n| name(*n)).collect())).collect(),
+        ..Conditions::default()
+    };
+    let under = |registry: &Registry, conditions: &Conditions| plan_under(registry, 3, 64, conditions);
+    assert_ne!(under(&registry, &Conditions::default()), [], "shares are not equal");
+    assert_eq!(under(&registry, &conditions(&[1])), [], "and that is as it should be");
+    // Whoever cannot lead gives them away, to somebody who has not ceded them if there is one.
+    let fenced = Conditions { not_leading: [name(3)].into(), ..conditions(&[1]) };
+    let mut moved = registry.clone();
+    for _ in 0..64 {
+        let Some(entry) = under(&moved, &fenced).into_iter().next() else { break };
+        assert_eq!(moved.apply(&entry).response, Response::Done);
+    }
+    assert!(led(&moved, 3).is_empty());
+    assert!(ceded.iter().all(|shard| moved.primary(*shard).unwrap().node == name(2)));
+    // And else to one that has.
+    let fenced = Conditions { not_leading: [name(3)].into(), ..conditions(&[1, 2]) };
+    settle(&mut registry, 3);
+    for _ in 0..64 {
+        let Some(entry) = under(&registry, &fenced).into_iter().next() else { break };
+        assert_eq!(registry.apply(&entry).response, Response::Done);
+    }
+    assert!(led(&registry, 3).is_empty());
+    assert_eq!(under(&registry, &fenced), [], "and nothing is proposed for ever");
+}
+
+#[test]
 fn for_a_primary_of_a_version_before_the_plan_says_who_leaves_and_its_own_word_on_who_is_slow_counts() {
     let mut registry = cluster(4, 16, 2);
     for shard in registry.shards() {

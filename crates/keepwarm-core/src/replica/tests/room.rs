@@ -266,7 +266,7 @@ fn only_who_is_silent_is_accused_and_one_who_has_just_come_is_not() {
             match command {
                 ReplicaCommand::Propose(change) => {
                     accused.push(change);
-                    queue.extend(net.replicas[0].on(now, ReplicaEvent::ProposalFailed));
+                    queue.extend(net.replicas[0].on(now, ReplicaEvent::ProposalFailed(Generation(1))));
                 }
                 // Node 2 is silent, node 3 answers at once.
                 ReplicaCommand::Send(envelope) if envelope.to == member(3) => {
