@@ -151,8 +151,9 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
                 went_on = true;
                 deadline = Instant::now() + MOVING_WAIT;
                 let elsewhere = until(&state.handle, &target, |place| *place != Whereabouts::Here);
-                // Where it stays after all, it runs here.
-                let _ = tokio::time::timeout_at(deadline, elsewhere).await;
+                if tokio::time::timeout_at(deadline, elsewhere).await.is_err() {
+                    return response;
+                }
                 continue;
             }
             Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
@@ -186,20 +187,21 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
                         Ok(stream) => {
                             let request = Request::from_parts(parts.clone(), payload.take());
                             let answer = forward(&state.handle, &node, stream, request).await;
-                            let mut response = match answer {
+                            let response = match answer {
                                 Ok(response) => response,
                                 Err(error) => {
                                     return Problem::new("outcome_unknown", error).into_response();
                                 }
                             };
-                            let moving = response.headers_mut().remove(MOVING).is_some();
-                            if went_on || !moving || matches!(payload, Payload::Once(_)) {
+                            if went_on || !is_moving(&response) || matches!(payload, Payload::Once(_)) {
                                 return response;
                             }
                             went_on = true;
                             deadline = Instant::now() + MOVING_WAIT;
                             let elsewhere = until(&state.handle, &target, |place| *place != at);
-                            let _ = tokio::time::timeout_at(deadline, elsewhere).await;
+                            if tokio::time::timeout_at(deadline, elsewhere).await.is_err() {
+                                return response;
+                            }
                             continue;
                         }
                         // Any other node will do.
@@ -234,9 +236,14 @@ fn goes_on(method: &Method, uri: &Uri) -> bool {
     method == Method::POST && runs(uri.path())
 }
 
-/// Whether an answer says that nothing was done, for the session's owner changes.
+/// Marks another node's answer that had [`MOVING`].
+#[derive(Debug, Clone, Copy)]
+struct Moving;
+
+/// Whether an answer, of this node or of another, says that nothing was done, for the session's owner changes.
 fn is_moving(response: &Response) -> bool {
-    response.extensions().get::<Problem>().is_some_and(Problem::is_moving)
+    let extensions = response.extensions();
+    extensions.get::<Problem>().is_some_and(Problem::is_moving) || extensions.get::<Moving>().is_some()
 }
 
 /// Where a target is now.
@@ -378,6 +385,9 @@ async fn forward(
     let (mut parts, body) = response.into_parts();
     parts.headers.remove(header::CONNECTION);
     parts.headers.remove(header::TRANSFER_ENCODING);
+    if parts.headers.remove(MOVING).is_some() {
+        parts.extensions.insert(Moving);
+    }
     if let Ok(value) = HeaderValue::from_str(node.as_str()) {
         parts.headers.insert("keepwarm-owner", value);
     }

@@ -234,9 +234,9 @@ impl Replica {
             self.ask_round(now, out);
         }
         if let Part::Primary(office) = &mut self.part
-            && office.proposed.is_some_and(|at| {
-                now.since(at) >= if office.ceding { deadline.max(CEDES_FOR) } else { deadline }
-            })
+            && office
+                .proposed
+                .is_some_and(|at| now.since(at) >= if office.ceding { CEDES_FOR } else { deadline })
         {
             // Whether that one comes to be or not, another on the same generation cannot do harm. Who leased a session of a
             // shard that is ceded after all loses that lease, and is told so.

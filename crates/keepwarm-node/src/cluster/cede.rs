@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use keepwarm_core::registry::{CEDED_MAX, Member, NodeStatus};
-use keepwarm_core::shard::Verb;
+use keepwarm_core::shard::{Refusal, Verb};
 use keepwarm_types::{NodeName, SessionId, SessionKey, ShardId};
 use tokio::time::timeout;
 
@@ -18,6 +18,10 @@ use crate::handle::Handle;
 
 /// How long the registry is asked for a change of a set, and its outcome waited for.
 const OUTCOME_WAIT: Duration = Duration::from_secs(6);
+/// How long whoever asked waits for that.
+const ANSWER_WAIT: Duration = Duration::from_secs(2);
+/// How long the registry may take to show that it answers.
+const REGISTRY_WAIT: Duration = Duration::from_millis(500);
 /// Reports that go out before a shard is proposed: one may have been on its way.
 const REPORTS: u64 = 2;
 
@@ -100,39 +104,82 @@ impl Cluster {
         set.replicas.into_iter().filter(able).map(|member| member.node).collect()
     }
 
-    /// Gives a session's shard to another replica of it; whether it is another's now. The error says what stands in the way, or
-    /// that the registry did not say in time. Dropped, it goes on.
-    pub(crate) async fn cede(
-        self: &Arc<Self>,
-        handle: Handle,
-        key: SessionKey,
-        to: NodeName,
-    ) -> Result<bool, Error> {
-        let (cluster, shard) = (Arc::clone(self), self.count.shard_of(key.id));
-        if !self.ceded.ask(shard) {
-            return Ok(self.gone_in_time(shard).await);
-        }
-        let task = tokio::spawn(async move {
-            // The leader knows before the shard moves: it would give it back, or another one in its place.
-            let mut reports = cluster.reports.subscribe();
-            let until = *reports.borrow_and_update() + REPORTS;
-            drop(timeout(OUTCOME_WAIT, reports.wait_for(|sent| *sent >= until)).await);
-            let asked = handle.ask(&key, Verb::Cede(to), Vec::new(), None).await;
-            let gone = match &asked {
-                Ok(_) => cluster.gone_in_time(shard).await,
-                Err(_) => false,
-            };
-            cluster.ceded.answered(shard, gone);
-            asked.map(|_| gone)
-        });
-        task.await.unwrap_or_else(|error| Err(Error::Internal(format!("ceding a shard: {error}"))))
+    fn leads(&self, shard: ShardId) -> bool {
+        self.told.borrow().primary(shard).as_ref() == Some(&self.member)
     }
 
-    /// Waits until this node does not lead a shard any more; whether that was so in time.
-    async fn gone_in_time(&self, shard: ShardId) -> bool {
+    /// Gives a session's shard to another replica of it; whether it is another's now. The error says what stands in the way; none
+    /// in time is no answer of the registry's. Dropped, it goes on.
+    pub(crate) async fn cede(
+        self: &Arc<Self>,
+        handle: &Handle,
+        key: &SessionKey,
+        to: NodeName,
+    ) -> Result<bool, Error> {
+        let shard = self.count.shard_of(key.id);
+        if !self.leads(shard) {
+            return Ok(true);
+        }
+        if !self.ceded.ask(shard) {
+            return Err(Refusal::Conflict("its shard is about to go to another node".to_owned()).into());
+        }
+        let (cluster, handle, key) = (Arc::clone(self), handle.clone(), key.clone());
+        let task = tokio::spawn(async move {
+            let asked = cluster.ask_to_cede(&handle, &key, shard, to).await;
+            if asked.is_ok() {
+                cluster.gone_in_time(shard).await;
+            }
+            // Whatever was answered: who leads it now?
+            let gone = !cluster.leads(shard);
+            cluster.ceded.answered(shard, gone);
+            asked.map(|()| gone)
+        });
+        match timeout(ANSWER_WAIT, task).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => Err(Error::Internal(format!("ceding a shard: {error}"))),
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Has the shard's primary propose another one, where the registry would take that and remember why.
+    async fn ask_to_cede(
+        &self,
+        handle: &Handle,
+        key: &SessionKey,
+        shard: ShardId,
+        to: NodeName,
+    ) -> Result<(), Error> {
+        // A leader that cannot read which shards were ceded gives them back at once.
+        let deaf = |leader: &NodeName| {
+            *leader != self.member.node
+                && self.transport.version(leader).is_none_or(|version| version.number() < 2)
+        };
+        if self.registry.leader().as_ref().is_none_or(deaf) {
+            return Err(
+                Refusal::Conflict("the registry has no leader that could remember it".to_owned()).into()
+            );
+        }
+        // While nobody answers, the shard would take no change for nothing.
+        if self.registry.confirm(REGISTRY_WAIT).await.is_err() {
+            return Err(Refusal::Conflict("the registry does not answer".to_owned()).into());
+        }
+        // It knows before the shard moves: it would give it back, or another one in its place.
+        let mut reports = self.reports.subscribe();
+        let until = *reports.borrow_and_update() + REPORTS;
+        drop(timeout(OUTCOME_WAIT, reports.wait_for(|sent| *sent >= until)).await);
+        if handle.inner().uploads.any(shard) {
+            return Err(
+                Refusal::Conflict("bytes of its shard's sessions are being written".to_owned()).into()
+            );
+        }
+        handle.ask(key, Verb::Cede(to), Vec::new(), None).await.map(|_| ())
+    }
+
+    /// Waits until this node does not lead a shard any more, or for as long as that may take.
+    async fn gone_in_time(&self, shard: ShardId) {
         let mut told = self.told.subscribe();
         let gone = told.wait_for(|map| map.primary(shard).as_ref() != Some(&self.member));
-        matches!(timeout(OUTCOME_WAIT, gone).await, Ok(Ok(_)))
+        drop(timeout(OUTCOME_WAIT, gone).await);
     }
 }
 

@@ -106,10 +106,7 @@ impl Handle {
     /// [`Refusal::Moving`] once the shard has another owner.
     async fn cede(&self, key: &SessionKey, to: NodeName) -> Error {
         let Some(cluster) = self.cluster_link() else { return Error::unknown_node(&to) };
-        if self.inner().uploads.any(self.links().count.shard_of(key.id)) {
-            return not_now("bytes of its shard's sessions are being written".to_owned());
-        }
-        match cluster.cede(self.clone(), key.clone(), to.clone()).await {
+        match cluster.cede(self, key, to.clone()).await {
             Ok(true) => {
                 tracing::info!(%key, %to, "the session's shard has gone to a node where it can run");
                 Refusal::Moving("its shard has gone to another node").into()

@@ -74,7 +74,8 @@ async fn a_session_whose_owner_is_full_of_leased_ones_runs_elsewhere_and_takes_n
     let bytes = pattern(8, 12_000);
     let first = session(&handle, &bytes).await;
     // 6 of 8 MiB.
-    let leased = handle.activate(&first, ActivateRequest::default()).await.unwrap();
+    let long = ActivateRequest { ttl: Some(Millis(600_000)), ..ActivateRequest::default() };
+    let leased = handle.activate(&first, long).await.unwrap();
     let shard_of = |key: &SessionKey| ShardCount::new(SHARDS).unwrap().shard_of(key.id);
     // One in the leased one's shard stays where it is, whoever has room; and it says so to who names a node.
     let same = empty(&handle, |key| shard_of(key) == shard_of(&first)).await;

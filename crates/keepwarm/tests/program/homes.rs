@@ -1,6 +1,7 @@
 //! Where sessions run, on three processes: where there is room for them, and where they are asked to.
 
 use std::path::Path;
+use std::time::Instant;
 
 use keepwarm_client::{Client, PartBody, Placement, WriteOptions};
 use keepwarm_tests::chaos::cluster::Cluster;
@@ -9,7 +10,7 @@ use keepwarm_types::{Outcome, Source};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::tiers::{OWNER, PART, SESSION_BYTES, bytes, new, owned};
+use super::tiers::{LOOK, MOVED_WITHIN, OWNER, PART, SESSION_BYTES, bytes, new, owned};
 
 async fn written(client: &Client, id: Uuid) {
     client.create(&new(id)).await.expect("a session");
@@ -30,6 +31,20 @@ async fn post(cluster: &Cluster, node: usize, path: &str, body: Value) -> keepwa
     send(reqwest::Client::new().post(url).json(&body)).await
 }
 
+/// The same, again where a busy machine was too slow for it.
+async fn done(cluster: &Cluster, node: usize, path: &str, body: Value) -> keepwarm_tests::Answer {
+    let deadline = Instant::now() + MOVED_WITHIN;
+    loop {
+        let answer = post(cluster, node, path, body.clone()).await;
+        assert!(!answer.headers.contains_key("keepwarm-moving"), "that is between nodes");
+        if answer.status != 503 {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.json());
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_with_an_id_of_its_clients_runs_where_room_is() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -47,7 +62,7 @@ async fn a_session_with_an_id_of_its_clients_runs_where_room_is() {
         written(&client, id).await;
     }
     // Asked at its owner, which answers for another node.
-    let there = post(&cluster, 0, &format!("{first}/activate"), json!({})).await;
+    let there = done(&cluster, 0, &format!("{first}/activate"), json!({})).await;
     let answer = there.json();
     assert_eq!(there.status, 200, "{answer}");
     let home = answer["home"]["node"].as_str().expect("a node").to_owned();
@@ -86,7 +101,7 @@ async fn a_session_moves_to_the_node_that_is_named() {
     assert!(why.contains("other sessions of its shard are leased (1)"), "{why}");
     client.release(fork, lease.id).await.expect("the lease is still in force");
 
-    let moved = post(&cluster, 0, &format!("{id}/migrate"), json!({"node": "n2"})).await;
+    let moved = done(&cluster, 0, &format!("{id}/migrate"), json!({"node": "n2"})).await;
     let answer = moved.json();
     assert_eq!((moved.status, answer["outcome"].as_str()), (200, Some("accepted")), "{answer}");
     let session = client.session(id).await.expect("it is there");
@@ -97,10 +112,9 @@ async fn a_session_moves_to_the_node_that_is_named() {
     reads(&client, id, id).await;
     reads(&client, fork, id).await;
     // Asked through a node that is neither: it relays to the one, and then to the other.
-    let moved = post(&cluster, 2, &format!("{id}/migrate"), json!({"node": OWNER})).await;
+    let moved = done(&cluster, 2, &format!("{id}/migrate"), json!({"node": OWNER})).await;
     assert_eq!((moved.status, moved.json()["outcome"].as_str()), (200, Some("accepted")), "{}", moved.json());
     assert_eq!(moved.headers["keepwarm-owner"], OWNER);
-    assert!(!moved.headers.contains_key("keepwarm-moving"), "that is between nodes");
     // Elsewhere for a run, by the library.
     let wish = Placement { node: Some("n3".to_owned()), gpu: None };
     let there = client.activate(id, &wish, None).await.expect("it goes there");

@@ -18,9 +18,9 @@ const SESSIONS: usize = 18;
 pub(super) const PART: &str = "state";
 pub(super) const OWNER: &str = "n1";
 /// How long shards may take to find another owner: an entry of the registry each, on a busy machine.
-const MOVED_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const MOVED_WITHIN: Duration = Duration::from_secs(60);
 /// Between two looks at the map.
-const LOOK: Duration = Duration::from_millis(50);
+pub(super) const LOOK: Duration = Duration::from_millis(50);
 
 /// Bytes that no other session has.
 pub(super) fn bytes(id: Uuid) -> Vec<u8> {
