@@ -12,6 +12,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -62,12 +63,47 @@ enum Payload {
 }
 
 impl Payload {
+    /// Kept, where the request may go on at another owner.
+    async fn of(parts: &Parts, body: Body) -> Result<Self, Problem> {
+        if goes_on(&parts.method, &parts.uri) {
+            return collect(body, JSON_BYTES_MAX).await.map(Self::Kept);
+        }
+        Ok(Self::Once(body))
+    }
+
     /// What is sent once is empty the second time.
     fn take(&mut self) -> Body {
         match self {
             Self::Once(body) => std::mem::take(body),
             Self::Kept(bytes) => Body::from(bytes.clone()),
         }
+    }
+}
+
+/// A request on its way to its session's owner.
+struct Journey<'s> {
+    handle: &'s Handle,
+    target: Target,
+    payload: Payload,
+    /// It has gone on to another owner once.
+    went_on: bool,
+    deadline: Instant,
+}
+
+impl Journey<'_> {
+    /// Where it goes now.
+    fn place(&self) -> Whereabouts {
+        place(self.handle, &self.target)
+    }
+
+    /// Whether it goes on after an answer that says so: once, and where the session has another owner in time.
+    async fn goes_on(&mut self, from: &Whereabouts, moving: bool) -> bool {
+        if self.went_on || !moving || matches!(self.payload, Payload::Once(_)) {
+            return false;
+        }
+        (self.went_on, self.deadline) = (true, Instant::now() + MOVING_WAIT);
+        let leaves = until(self.handle, &self.target, |place| place != from);
+        tokio::time::timeout_at(self.deadline, leaves).await.is_ok()
     }
 }
 
@@ -114,99 +150,72 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
         Ok(found) => found,
         Err(problem) => return problem.into_response(),
     };
-    let mut payload = match goes_on(&parts.method, &parts.uri) {
-        true => match collect(body, JSON_BYTES_MAX).await {
-            Ok(bytes) => Payload::Kept(bytes),
-            Err(problem) => return problem.into_response(),
-        },
-        false => Payload::Once(body),
+    let mut payload = match Payload::of(&parts, body).await {
+        Ok(payload) => payload,
+        Err(problem) => return problem.into_response(),
     };
     if was_relayed {
-        let deadline = Instant::now() + BEHIND_WAIT;
-        let here = until(&state.handle, &target, |place| *place == Whereabouts::Here);
-        // Who never learns that it is the owner says so as the shard does.
-        let _ = tokio::time::timeout_at(deadline, here).await;
-        let mut response = next.run(Request::from_parts(parts, payload.take())).await;
-        if is_moving(&response) {
-            response.headers_mut().insert(MOVING, HeaderValue::from_static("1"));
-        }
-        return response;
+        return at_owner(&state.handle, &target, Request::from_parts(parts, payload.take()), next).await;
     }
-    let mut target = target;
-    let mut went_on = false;
-    if let Target::Anywhere(home) = &mut target {
-        *home = state.handle.home_for_new().await;
-    }
-    let mut deadline = Instant::now() + MOVING_WAIT;
+    let target = match target {
+        Target::Anywhere(_) => Target::Anywhere(state.handle.home_for_new().await),
+        target => target,
+    };
+    let deadline = Instant::now() + MOVING_WAIT;
+    let mut journey = Journey { handle: &state.handle, target, payload, went_on: false, deadline };
     let relayed = RelayedCaller { tenant: caller.tenant, admin: caller.admin, request_id: request_id() };
     loop {
         let changed = state.handle.map_changes();
-        let reason = match place(&state.handle, &target) {
+        let at = journey.place();
+        let reason = match &at {
             Whereabouts::Here => {
-                let request = Request::from_parts(parts.clone(), payload.take());
+                let request = Request::from_parts(parts.clone(), journey.payload.take());
                 let response = next.clone().run(request).await;
-                if went_on || !is_moving(&response) || matches!(payload, Payload::Once(_)) {
-                    return response;
+                if journey.goes_on(&at, is_moving(&response)).await {
+                    continue;
                 }
-                went_on = true;
-                deadline = Instant::now() + MOVING_WAIT;
-                let elsewhere = until(&state.handle, &target, |place| *place != Whereabouts::Here);
-                if tokio::time::timeout_at(deadline, elsewhere).await.is_err() {
-                    return response;
-                }
-                continue;
+                return response;
             }
             Whereabouts::Nobody => "no node owns the session's shard now".to_owned(),
             Whereabouts::At(node) => {
-                let at = Whereabouts::At(node.clone());
-                let moved = until(&state.handle, &target, |place| *place != at);
                 if matches!(parts.method, Method::GET | Method::HEAD) {
                     // Asked twice it does no harm: what breaks off goes to the next owner.
-                    let mut again = Request::new(Body::empty());
-                    again.method_mut().clone_from(&parts.method);
-                    again.uri_mut().clone_from(&parts.uri);
-                    again.headers_mut().clone_from(&parts.headers);
+                    let again = Request::from_parts(parts.clone(), Body::empty());
                     let answer = async {
                         let stream =
-                            state.handle.relay(&node, &relayed).await.map_err(|error| error.to_string())?;
-                        forward(&state.handle, &node, stream, again).await
+                            state.handle.relay(node, &relayed).await.map_err(|error| error.to_string())?;
+                        forward(&state.handle, node, stream, again).await
                     };
                     tokio::select! {
                         answer = answer => match answer {
                             Ok(response) => return response,
                             Err(error) => error,
                         },
-                        () = moved => continue,
+                        () = until(&state.handle, &journey.target, |place| *place != at) => continue,
                     }
                 } else {
                     let opened = tokio::select! {
-                        opened = state.handle.relay(&node, &relayed) => opened,
-                        () = moved => continue,
+                        opened = state.handle.relay(node, &relayed) => opened,
+                        () = until(&state.handle, &journey.target, |place| *place != at) => continue,
                     };
                     match opened {
                         Ok(stream) => {
-                            let request = Request::from_parts(parts.clone(), payload.take());
-                            let answer = forward(&state.handle, &node, stream, request).await;
+                            let request = Request::from_parts(parts.clone(), journey.payload.take());
+                            let answer = forward(&state.handle, node, stream, request).await;
                             let response = match answer {
                                 Ok(response) => response,
                                 Err(error) => {
                                     return Problem::new("outcome_unknown", error).into_response();
                                 }
                             };
-                            if went_on || !is_moving(&response) || matches!(payload, Payload::Once(_)) {
-                                return response;
+                            if journey.goes_on(&at, is_moving(&response)).await {
+                                continue;
                             }
-                            went_on = true;
-                            deadline = Instant::now() + MOVING_WAIT;
-                            let elsewhere = until(&state.handle, &target, |place| *place != at);
-                            if tokio::time::timeout_at(deadline, elsewhere).await.is_err() {
-                                return response;
-                            }
-                            continue;
+                            return response;
                         }
                         // Any other node will do.
-                        Err(_) if matches!(target, Target::Anywhere(Some(_))) => {
-                            target = Target::Anywhere(None);
+                        Err(_) if matches!(journey.target, Target::Anywhere(Some(_))) => {
+                            journey.target = Target::Anywhere(None);
                             continue;
                         }
                         Err(error) => error.to_string(),
@@ -215,7 +224,7 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
             }
         };
         // Nothing was sent: the next owner may take it.
-        if tokio::time::timeout_at(deadline, changed).await.is_err() {
+        if tokio::time::timeout_at(journey.deadline, changed).await.is_err() {
             return Problem::from(keepwarm_node::Error::Unavailable {
                 reason,
                 retry_after: keepwarm_types::Millis(300),
@@ -223,6 +232,18 @@ pub(crate) async fn to_owner(State(state): State<ApiState>, request: Request, ne
             .into_response();
         }
     }
+}
+
+/// Runs a request that another node has relayed to the owner, as it took this one for.
+async fn at_owner(handle: &Handle, target: &Target, request: Request, next: Next) -> Response {
+    let here = until(handle, target, |place| *place == Whereabouts::Here);
+    // Who never learns that it is the owner says so as the shard does.
+    let _ = tokio::time::timeout(BEHIND_WAIT, here).await;
+    let mut response = next.run(request).await;
+    if is_moving(&response) {
+        response.headers_mut().insert(MOVING, HeaderValue::from_static("1"));
+    }
+    response
 }
 
 /// Whether a request goes on at its session's next owner: one that runs a session, which is what owners change for. Their bodies
